@@ -19,8 +19,6 @@ import torch
 from conftest import TEXT, VISION, evaluate_model, explain, iclip, save, save_towers
 from PIL import Image
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoProcessor,
     BertConfig,
@@ -28,7 +26,6 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
-    TimmBackbone,
     pipeline,
 )
 
@@ -123,39 +120,6 @@ def test_a_folder_names_no_kernel_of_the_hub(world, two_folders, tmp_path, monke
     assert not fetched
 
 
-@pytest.mark.parametrize("file", ["processor_config.json", "audio_tokenizer_config.json"])
-@pytest.mark.parametrize("audio_class", ["AutoConfig", "AutoModel"])
-def test_a_processor_has_no_parts_but_those_of_its_class(two_folders, tmp_path, monkeypatch, file, audio_class):
-    """Transformers would load an audio tokenizer from anywhere, ask whether its code may run, and run it."""
-    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import BertConfig as Own\n"
-    (tmp_path / "evil").mkdir()
-    (tmp_path / "evil" / "own.py").write_text(code)
-    content = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
-    (tmp_path / "evil" / "config.json").write_text(json.dumps(content))
-    audio = {"audio_tokenizer_class": audio_class, "audio_tokenizer_name_or_path": str(tmp_path / "evil")}
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
-    for folder in two_folders:
-        path = folder / file
-        known = json.loads(path.read_text()) if path.is_file() else audio
-        path.write_text(json.dumps(known | {"audio_tokenizer": audio, "chat_template": "{{ 1 }}"}))
-        processor = load(folder).processor
-        assert getattr(processor, "chat_template", None) is None and processor.image_processor is not None
-    assert not asked and not (tmp_path / "ran").exists()
-
-
-def test_whoever_asks_whether_code_may_run_is_told_no(world, tmp_path, monkeypatch):
-    shutil.copytree(world.folder / "model", tmp_path / "model")
-    (tmp_path / "evil").mkdir()
-    (tmp_path / "evil" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
-    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked"))
-    monkeypatch.setattr(
-        AutoImageProcessor, "from_pretrained", lambda *_, **__: AutoConfig.from_pretrained(tmp_path / "evil")
-    )
-    with pytest.raises(ValueError, match=f"{tmp_path / 'model'}: .*trust_remote_code"):
-        load(tmp_path / "model")
-
-
 def test_a_folder_of_the_name_of_an_owner_hides_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openai" / "local").mkdir(parents=True)
@@ -175,60 +139,6 @@ def test_a_folder_of_an_adapter_is_called_one(world, tmp_path):
     for loader in (load, load_iclip):
         with pytest.raises(ValueError, match=r"adapter: this folder holds an adapter.*tuple \(model, processor\)"):
             loader(folder)
-
-
-@pytest.mark.parametrize(
-    ("edits", "message"),
-    [
-        ({"adapter_config": {"peft_type": "LORA", "base_model_name_or_path": "org/base"}}, "has an adapter beside it"),
-        ({"config": {"quantization_config": {"quant_method": "eetq"}}}, "its weights are quantized"),
-        ({"config": {"text_config": {"quantization_config": {"quant_method": "eetq"}}}}, "its weights are quantized"),
-    ],
-)
-def test_weights_that_need_further_code_are_refused(world, tmp_path, edits, message):
-    """Transformers would load an adapter by peft, which imports modules, and download kernels for number formats."""
-    folder = copied(world, tmp_path / "model", **edits)
-    with pytest.raises(ValueError, match=f"{folder}: .*{message}"):
-        load(folder)
-    tower, _ = save_towers(tmp_path, world.model, world.processor)
-    for stem in edits:
-        path = Path(tower, f"{stem}.json")
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        edit = edits[stem].get("text_config", edits[stem])
-        path.write_text(json.dumps(known | edit))
-    with pytest.raises(ValueError, match=f"{tower}: .*{message}"):
-        ICLIPModel.from_vision_text_pretrained(tower, tower)
-
-
-def test_a_configuration_of_other_towers_is_not_quantized(world, tmp_path):
-    """`init` loads the towers with the options of this configuration, not with their own."""
-    for side in ("vision_config", "text_config"):
-        known = getattr(world.model.config, side).to_dict()
-        change = {side: known | {"quantization_config": {"quant_method": "eetq"}}}
-        folder = copied(world, tmp_path / side, config=change)
-        with pytest.raises(ValueError, match="its weights are quantized"):
-            init_model(folder, tmp_path / "new", *save_towers(tmp_path, world.model, world.processor))
-
-
-@pytest.mark.parametrize(("side", "kind"), [("vision_config", "vit"), ("text_config", "bert")])
-def test_a_configuration_has_the_type_of_its_class(world, tmp_path, monkeypatch, side, kind):
-    """Transformers lets a file rename attributes, so that any class could pass for a tower of a supported type."""
-    monkeypatch.setattr(TimmBackbone, "__init__", lambda *_, **__: pytest.fail("built"))
-    known = getattr(world.model.config, side).to_dict()
-    renamed = {name: f"own_{name}" for name in known}
-    own = {renamed[name]: value for name, value in (known | {"model_type": kind}).items()}
-    evil = {"model_type": "timm_backbone", "attribute_map": renamed, "backbone": "hf-hub:org/any", **own}
-    folder = copied(world, tmp_path / "model", config={side: evil})
-    towers = save_towers(tmp_path, world.model, world.processor)
-    for door in (load, AutoModel.from_pretrained, lambda folder: init_model(folder, tmp_path / "new", *towers)):
-        with pytest.raises(ValueError, match="attribute_map, which is no option; remove it"):
-            door(folder)
-    tower = towers[side == "text_config"]
-    Path(tower, "config.json").write_text(json.dumps(evil))
-    with pytest.raises(ValueError, match=f"{tower}: .*attribute_map"):
-        ICLIPModel.from_vision_text_pretrained(*towers)
-    with pytest.raises(ValueError, match=f"{tower}: .*attribute_map"):
-        explain((world.model, world.processor), PHOTO, ["dog"], method="proxyclip", proxy=tower)
 
 
 def test_the_folder_of_an_unfinished_training_names_its_checkpoint(world, tmp_path):

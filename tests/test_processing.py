@@ -1,5 +1,4 @@
 import json
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import torch
 from conftest import explain, save, save_towers, tiny_config, tiny_model
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoProcessor, BertModel, CLIPImageProcessor
+from transformers import AutoProcessor, CLIPImageProcessor
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.model.engine import Engine
@@ -356,76 +355,6 @@ def edited(file: Path, **changes) -> None:
     file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | changes))
 
 
-@pytest.mark.parametrize("kind", ["BertJapaneseTokenizer", "Wav2Vec2PhonemeCTCTokenizer", "RagTokenizer"])
-def test_a_tokenizer_runs_no_other_program(tiny_processor, tmp_path, kind):
-    """Sudachi, for example, runs compiled code that an option names."""
-    save(tmp_path, tiny_config(), tiny_processor)
-    edited(tmp_path / "tokenizer_config.json", tokenizer_class=kind, word_tokenizer_type="sudachi")
-    with pytest.raises(ValueError, match=f"'{kind}' in its files is no TokenizersBackend or SentencePieceBackend"):
-        ICLIPProcessor.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "processor_config.json"])
-def test_a_processor_names_no_model_as_its_class(tiny_processor, tmp_path, monkeypatch, file):
-    """Transformers would load the model, and kernels of the Hub that its configuration names."""
-    folder, vision, text = tmp_path / "model", *save_towers(tmp_path, tiny_model(), tiny_processor)
-    save(folder, tiny_config(), tiny_processor)
-    monkeypatch.setattr(BertModel, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
-    doors = [partial(door.from_pretrained, folder) for door in (ICLIPProcessor, AutoProcessor)]
-    doors.append(partial(ICLIPProcessor.from_vision_text_pretrained, vision, text))
-    if file == "processor_config.json":
-        edited(folder / file, image_processor={"image_processor_type": "BertModel"})
-        edited(Path(vision, "preprocessor_config.json"), image_processor_type="BertModel")
-    else:
-        for changed in (folder, Path(text)):
-            (changed / "tokenizer_config.json").write_text("{}")
-            edited(changed / file, tokenizer_class="BertModel")
-    for door in doors:
-        with pytest.raises(ValueError, match=": 'BertModel' in its files is no"):
-            door()
-
-
-@pytest.mark.parametrize(
-    ("file", "options"),
-    [
-        ("tokenizer_config.json", {"vocab": "{secret}"}),
-        ("tokenizer_config.json", {"merges": "{secret}"}),
-        ("tokenizer_config.json", {"vocab_file": "{secret}"}),
-        ("tokenizer_config.json", {"gguf_file": "{secret}"}),
-        ("tokenizer_config.json", {"init_inputs": ["{secret}"]}),
-        ("special_tokens_map.json", {"vocab_file": "{secret}"}),
-    ],
-)
-def test_a_tokenizer_names_no_file_of_the_machine(tiny_processor, tmp_path, file, options):
-    """The file would be published with the model."""
-    (tmp_path / "secret").write_text("\n".join([*tiny_processor.tokenizer.get_vocab(), "password"]))
-    folder, vision, text = tmp_path / "model", *save_towers(tmp_path, tiny_model(), tiny_processor)
-    save(folder, tiny_config(), tiny_processor)
-    for changed in (folder, Path(text)):
-        (changed / "tokenizer.json").unlink()
-        edited(changed / file, **json.loads(json.dumps(options).replace("{secret}", str(tmp_path / "secret"))))
-    for door in (
-        partial(ICLIPProcessor.from_pretrained, folder),
-        partial(ICLIPProcessor.from_vision_text_pretrained, vision, text),
-    ):
-        with pytest.raises(ValueError, match="the files of its tokenizer have the option"):
-            door()
-
-
-def test_chat_templates_are_not_read(tiny_processor, tmp_path):
-    """They may be links to any file, and would be published with the model."""
-    (tmp_path / "secret").write_text("password")
-    folder, vision, text = tmp_path / "model", *save_towers(tmp_path, tiny_model(), tiny_processor)
-    save(folder, tiny_config(), tiny_processor)
-    for changed in (folder, Path(text)):
-        (changed / "additional_chat_templates").mkdir()
-        (changed / "additional_chat_templates" / "other.jinja").symlink_to(tmp_path / "secret")
-    joined = ICLIPProcessor.from_vision_text_pretrained(vision, text)
-    for number, processor in enumerate((ICLIPProcessor.from_pretrained(folder), joined)):
-        saved = save(tmp_path / f"saved-{number}", processor)
-        assert not any("password" in path.read_text() for path in saved.rglob("*") if path.is_file())
-
-
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend"])
 def test_a_tokenizer_without_a_class_of_its_own(tiny_processor, tmp_path, kind):
     """As that of EuroBERT."""
@@ -437,25 +366,6 @@ def test_a_tokenizer_without_a_class_of_its_own(tiny_processor, tmp_path, kind):
     joined = ICLIPProcessor.from_vision_text_pretrained(vision, text)
     for processor in (ICLIPProcessor.from_pretrained(folder), joined):
         assert processor.tokenizer("dog")["input_ids"] == tiny_processor.tokenizer("dog")["input_ids"]
-
-
-def test_a_damaged_file_of_a_processor_is_named(tiny_processor, tmp_path):
-    save(tmp_path, tiny_config(), tiny_processor)
-    for name in ("tokenizer_config.json", "processor_config.json"):
-        for content in ("{", "[1]"):
-            (tmp_path / name).write_text(content)
-            with pytest.raises(ValueError, match=f"{name}: this file is no JSON object"):
-                ICLIPProcessor.from_pretrained(tmp_path)
-        (tmp_path / name).write_text("{}")
-
-
-def test_an_image_processor_runs_no_program(tiny_processor, tmp_path):
-    """Tesseract writes the files that its options name."""
-    save(tmp_path, tiny_config(), tiny_processor)
-    kind = {"image_processor_type": "LayoutLMv2ImageProcessor", "tesseract_config": "-c debug_file=a"}
-    edited(tmp_path / "processor_config.json", image_processor=kind)
-    with pytest.raises(ValueError, match="LayoutLMv2ImageProcessor reads texts in images"):
-        ICLIPProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("side", ["vision", "text"])

@@ -25,14 +25,6 @@ def _replaced(module_name: str, name: str, value) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def without_question() -> AbstractContextManager:
-    """
-    Keeps Transformers (5.24) from asking on standard input whether code may run: the time limit for the answer becomes
-    0 seconds. Some loaders ask even if `trust_remote_code` is False.
-    """
-    return _replaced("transformers.dynamic_module_utils", "TIME_OUT_REMOTE_CODE", 0)
-
-
 def symbolic_grid(tower: nn.Module) -> AbstractContextManager:
     """
     Keeps an image tower of Transformers (5.24) from converting its grid to int, which would fix the size of images in

@@ -11,22 +11,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import resolve_revision
-from transformers import (
-    PROCESSOR_MAPPING,
-    AutoConfig,
-    AutoModel,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor, check_processor
-from ..model.processor_loading import load_image_processor, load_tokenizer
-from ..model.tower_loading import check_weights, check_without_code, keep_absolute_path
+from ..model.tower_loading import check_weights, keep_absolute_path
 from ..utils.errors import loading_errors
 from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
 from .embedded import embedded_model
 from .explainable import ExplainableModel
-from .internals import without_question
 from .onnx import VISION_FILE, ONNXModel
 from .open_clip import ExplainableCoCa, ExplainableOpenCLIP, ExplainableOpenCLIPResNet
 from .timm import ExplainableTimm, ExplainableTimmMap
@@ -180,16 +173,16 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, dtyp
     if dtype is not None:
         model_kwargs["dtype"] = dtype
     cure = {"cure": "correct model_options"} if model_options else {}
-    with loading_errors(name), without_question():
+    with loading_errors(name):
         if not os.path.exists(name):
             # All files are of one commit. Without a network and a cached copy, this fails at once; a download would
             # be retried.
             shared_kwargs["revision"] = resolve_revision(name)
         config = AutoConfig.from_pretrained(name, **shared_kwargs)
         check_model_type(name, config.model_type, types)
+        config._attn_implementation = None  # a file could name code of the Hub
         if config.model_type == "vision-text-dual-encoder":
             families.ExplainableDualEncoder.check_towers(config)
-        check_without_code(name, config, shared_kwargs.get("revision"))
         with loading_errors(name, **cure):
             for option, value in model_options.items():
                 setattr(config, option, value)
@@ -199,20 +192,9 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, dtyp
         if not isinstance(model, ICLIPModel):  # the class of an ICLIP model has done both itself
             check_weights(name, model, loading["missing_keys"])
             keep_absolute_path(name, model)
-        processor = _load_processor(name, config, **shared_kwargs)
+        processor = AutoProcessor.from_pretrained(name, **shared_kwargs)
     check_processor(name, processor, model.config)
     return model, processor
-
-
-def _load_processor(name: str | Path, config: PreTrainedConfig, **kwargs):
-    """
-    Loads the processor of a model by the class of the model's type. The processor's file is not asked: it can name
-    another class, and further parts such as an audio tokenizer, which Transformers would load from anywhere.
-    """
-    processor_class = PROCESSOR_MAPPING[type(config)]
-    if processor_class is ICLIPProcessor:
-        return ICLIPProcessor.from_pretrained(name, **kwargs)
-    return processor_class(load_image_processor(name, **kwargs), load_tokenizer(name, **kwargs))
 
 
 def load_iclip(name: str | Path, dtype: str | None = None, **model_options) -> tuple[ICLIPModel, ICLIPProcessor]:

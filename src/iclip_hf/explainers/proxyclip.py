@@ -6,13 +6,13 @@ import math
 
 import torch
 from torch.nn import functional as F
+from transformers import AutoImageProcessor
 
 from ..backends.explainable import unit
 from ..backends.families import ExplainableICLIP
 from ..backends.towers import embedded_towers
 from ..model.configuration_iclip import patch_side
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
-from ..model.processor_loading import load_image_processor
 from ..model.similarity import cosine_similarity_map
 from ..model.tower_loading import load_tower, tower_config
 from ..model.towers import VISION_TOWERS
@@ -49,7 +49,7 @@ class ProxyCLIP(Explainer):
                 raise ValueError(f"{proxy}: a proxy is one of {sorted(VISION_TOWERS)}, not {config.model_type!r}.")
             weight = next(self.model.network.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
-            self.proxy_processor = load_image_processor(proxy)
+            self.proxy_processor = AutoImageProcessor.from_pretrained(proxy, trust_remote_code=False)
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:

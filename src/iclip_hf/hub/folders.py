@@ -8,10 +8,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, resolve_revision
+from transformers import AutoImageProcessor
 
 from ..backends.loading import load_iclip
 from ..backends.towers import embedded_feature_tower, embedded_towers, name_towers
@@ -19,7 +21,6 @@ from ..model.configuration_iclip import ICLIPConfig, patch_side, without_attenti
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pipeline_iclip import PIPELINES
 from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
-from ..model.processor_loading import load_image_processor
 from ..model.tower_loading import tower_config
 from ..utils.errors import loading_errors
 from ..utils.files import atomic_folder
@@ -142,10 +143,13 @@ def join_towers(
         content, _ = ICLIPConfig.get_config_dict(configuration)
         config_content = without_attention(content)
     if (configuration / "processor_config.json").is_file():
-        processor_options, _ = ICLIPProcessor.get_processor_dict(configuration)
+        content, _ = ICLIPProcessor.get_processor_dict(configuration)
+        processor_options = {name: content[name] for name in signature(ICLIPProcessor).parameters if name in content}
     if "image_processor" in processor_options:
         size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-        processor_options["image_processor"] = load_image_processor(configuration, **size)
+        processor_options["image_processor"] = AutoImageProcessor.from_pretrained(
+            configuration, trust_remote_code=False, **size
+        )
     model_options = {**config_content, **model_options}
     config = ICLIPConfig(**model_options)
     if "image_processor" not in processor_options:
@@ -160,7 +164,7 @@ def join_towers(
     processor_options.setdefault("patch_size", patch_side(model.config))
     if "image_processor" not in processor_options:
         with loading_errors(vision):  # otherwise the error would name the text tower
-            load_image_processor(vision)
+            AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
     with loading_errors(text):
         processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **processor_options)
     check_tokenizer(text, processor.tokenizer, model.config)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForZeroShotImageClassification
+from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
@@ -19,7 +19,6 @@ from .pooling import (
     pool,
     representative_patches,
 )
-from .processor_loading import load_image_processor
 from .projections import ICLIPBranch, Projection, average_prompts, join_branches, normalize
 from .similarity import cosine_similarity_map, cosines, min_max_normalize
 from .tower_loading import check_weights, keep_absolute_path, load_tower, tower_config
@@ -183,7 +182,7 @@ class ICLIPModel(ICLIPTowers):
         towers = (load_tower(getattr(config, name), checkpoint) for name, checkpoint in checkpoints.items())
         model = cls(config, *towers).eval()
         if features and config.feature_image_mean is None:
-            image_processor = image_processor or load_image_processor(vision)
+            image_processor = image_processor or AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
             pretrained = {
                 **model.feature_model.timm_model.pretrained_cfg,
                 **getattr(config.feature_config, "pretrained_cfg", {}),  # the checkpoint's values precede timm's

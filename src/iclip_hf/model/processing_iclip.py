@@ -4,7 +4,6 @@ points.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from inspect import signature
 from itertools import chain
 from numbers import Integral
 from typing import NamedTuple
@@ -12,26 +11,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import get_image_size
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import PROCESSOR_NAME
 
 from .configuration_iclip import ICLIPConfig, patch_side
 from .explanation import check_thresholds, masks_of_maps
 from .images import load_image, to_8_bit, to_pixels, to_rgb
 from .label_maps import label_map
 from .presence import MIN_PRESENCE, check_min_presence
-from .processor_loading import (
-    FILE_ARGUMENTS,
-    check_image_processor,
-    check_tokenizer_files,
-    load_image_processor,
-    load_tokenizer,
-    only_processors,
-    read_json,
-)
 from .prompts import check_templates, check_text, split_texts
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import check_map_size, resize_and_normalize
@@ -121,31 +110,13 @@ class ICLIPProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "ICLIPProcessor":
         """
-        Loads the processor like the base class, but never asks on standard input whether code of a tokenizer or an
-        image processor may run. Such code runs only with `trust_remote_code=True`.
+        Like the base class, but code of a tokenizer or an image processor runs only with `trust_remote_code=True`,
+        without a question. Raises `ValueError` if the tokenizer knows no words.
         """
         kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
-        check_tokenizer_files(pretrained_model_name_or_path, **kwargs)
-        with only_processors(pretrained_model_name_or_path):
-            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        check_image_processor(pretrained_model_name_or_path, processor.image_processor)
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         check_tokenizer(pretrained_model_name_or_path, processor.tokenizer)
-        processor.tokenizer.chat_template = None  # as in `load_tokenizer`
         return processor
-
-    @classmethod
-    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """
-        Reads only the arguments of this class from `processor_config.json`, because the base class would load any
-        audio tokenizer that the file names. Returns these arguments, and the keyword arguments that do not locate
-        files.
-        """
-        file_kwargs = {name: kwargs.pop(name) for name in FILE_ARGUMENTS if name in kwargs}
-        # Older versions of Transformers saved a processor without this file.
-        content = read_json(pretrained_model_name_or_path, PROCESSOR_NAME, **file_kwargs)
-        # Transformers' own arguments begin with "_".
-        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}
-        return {name: content[name] for name in signature(cls).parameters if name in content}, kwargs
 
     @classmethod
     def from_vision_text_pretrained(
@@ -165,14 +136,15 @@ class ICLIPProcessor(ProcessorMixin):
                 give `image_size` and `patch_size`, each larger by this factor.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
-        image_processor = image_processor or load_image_processor(
-            vision, size={"height": image_size, "width": image_size}, do_center_crop=False, do_convert_rgb=True
-        )
+        if image_processor is None:
+            options = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
+            options |= {"do_convert_rgb": True, "trust_remote_code": False}
+            image_processor = AutoImageProcessor.from_pretrained(vision, **options)
         kwargs.setdefault("patch_size", patch_side(config))
         if AutoConfig.from_pretrained(text, trust_remote_code=False).model_type.startswith("siglip"):
             kwargs.setdefault("max_text_length", 64)
             kwargs.setdefault("text_padding", "max_length")
-        return cls(image_processor, load_tokenizer(text), **kwargs)
+        return cls(image_processor, AutoTokenizer.from_pretrained(text, trust_remote_code=False), **kwargs)
 
     def __call__(
         self,

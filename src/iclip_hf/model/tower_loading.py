@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import logging
 
 from .configuration_iclip import ICLIPConfig
 from .feature_tower import FeatureTower
@@ -25,45 +25,8 @@ def tower_config(checkpoint: str, sub_config: str) -> PreTrainedConfig:
         raise ValueError(
             f"{checkpoint}: this is an ICLIP model, not a tower; train it further by `iclip train --model`."
         )
-    check_without_code(checkpoint, config)
+    config._attn_implementation = None  # a file could name code of the Hub
     return getattr(config, sub_config, config)
-
-
-def check_without_code(checkpoint: str | os.PathLike, config: PreTrainedConfig, revision: str | None = None) -> None:
-    """
-    Removes names of attention code on the Hub from a configuration. Raises `ValueError` if the weights are quantized,
-    or have an adapter beside them: Transformers could download code for them, or import modules that a file names.
-    """
-    check_attribute_names(checkpoint, config)
-    config._attn_implementation = None
-    for part in _parts(config):
-        check_not_quantized(checkpoint, part)
-    if find_adapter_config_file(checkpoint, revision=revision):
-        raise ValueError(
-            f"{checkpoint}: this model has an adapter beside it; merge the adapter into the model by "
-            "`merge_and_unload` of peft, and load the result."
-        )
-
-
-def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """Returns a configuration and its sub-configurations."""
-    sub_configs = (getattr(config, name, None) for name in config.sub_configs)
-    return [config, *(part for part in sub_configs if isinstance(part, PreTrainedConfig))]
-
-
-def check_attribute_names(checkpoint: str | os.PathLike, config: PreTrainedConfig) -> None:
-    """
-    Raises `ValueError` if a file renames attributes of a configuration. Its `model_type` could be that of another
-    class, which Transformers would build.
-    """
-    if any("attribute_map" in vars(part) for part in _parts(config)):
-        raise ValueError(f"{checkpoint}: its configuration has an attribute_map, which is no option; remove it.")
-
-
-def check_not_quantized(checkpoint: str | os.PathLike, config: PreTrainedConfig) -> None:
-    """Raises `ValueError` if a configuration says that the weights of its checkpoint are quantized."""
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{checkpoint}: its weights are quantized; load the weights before quantization.")
 
 
 # Supported text towers by model type. They are encoders whose output for a text does not depend on its padding.
@@ -92,8 +55,7 @@ TEXT_TOWERS = (
 
 def check_text_tower(config: PreTrainedConfig) -> None:
     """
-    Raises `ValueError` unless the type of a text tower is supported. Towers of other types could download code, or
-    read a pickle, when they are built.
+    Raises `ValueError` unless the type of a text tower is supported.
     """
     if config.model_type not in TEXT_TOWERS:
         raise ValueError(f"A text tower is one of {', '.join(TEXT_TOWERS)}, not {config.model_type!r}.")
@@ -111,7 +73,6 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     kwargs = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
         return tower_class._from_config(config, **kwargs)
-    check_not_quantized(checkpoint, config)  # it may be another configuration than the checkpoint's
     # Transformers would report weights that the tower does not use, such as a pooler's. Missing weights are checked
     # below.
     verbosity = logging.get_verbosity()
@@ -158,9 +119,12 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
 
 
 def non_finite_weight(model: nn.Module) -> str | None:
-    """Returns the name of a parameter or buffer with NaN or infinity, or None. Offloaded weights are not read."""
+    """
+    Returns the name of a parameter or buffer with NaN or infinity, or None. Offloaded and quantized weights are not
+    read.
+    """
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
-        readable = weight.is_floating_point() and not weight.is_meta
+        readable = weight.is_floating_point() and not weight.is_meta and type(weight.data) is torch.Tensor
         if readable and not weight.detach().sum(dtype=torch.float32).isfinite():  # a sum reads each number only once
             return name
     return None

@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .tower_loading import check_attribute_names, check_text_tower, load_tower
+from .tower_loading import check_text_tower, load_tower
 
 
 class VisionTowerType(NamedTuple):
@@ -153,7 +153,6 @@ class ICLIPTowers(PreTrainedModel):
     @staticmethod
     def _check_tower_types(config: ICLIPConfig) -> None:
         """Raises `ValueError` for towers of other types. A tower is built after this check: timm can read pickles."""
-        check_attribute_names(config._name_or_path or "config.json", config)
         vision_type, text_type = config.vision_config.model_type, config.text_config.model_type
         if vision_type not in VISION_TOWERS:
             raise ValueError(

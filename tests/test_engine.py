@@ -398,18 +398,12 @@ def test_all_fronts_give_one_answer_to_the_last_bit(tiny_processor, image, multi
         assert np.array_equal(np.asarray(answer["mask"]) == 255, found == TEXTS.index(answer["label"]))
     for one in (straight, turned):
         (processed,) = tiny_processor.post_process_similarity_maps(one.raw_maps[None], [shape])
-        (masks,) = tiny_processor.post_process_masks([processed], 0.5, one.presence[None], enough)
-        assert torch.equal(processed, one.maps)
-        assert all(torch.equal(mask, one.mask(index)) for index, mask in enumerate(masks))
-        (boxes,), (points,) = (
-            function([processed], [masks])
-            for function in (tiny_processor.post_process_boxes, tiny_processor.post_process_points)
-        )
-        regions = [region for text in one.to_dict()["texts"] for region in text["regions"]]
-        assert boxes["boxes"].tolist() == [region["box"] for region in regions]
-        prompts = [region["positive_points"] + region["negative_points"] for region in regions]
-        assert points["points"].tolist() == prompts
         outputs = SimpleNamespace(similarity_maps=one.raw_maps[None])
+        (made,) = tiny_processor.post_process_explanations(
+            outputs, TEXTS, [shape], one.scores[None], one.presence[None]
+        )
+        assert torch.equal(processed, one.maps) and torch.equal(made.maps, one.maps)
+        assert replace(made, min_presence=enough).to_dict()["texts"] == one.to_dict()["texts"]
         (labels,) = tiny_processor.post_process_semantic_segmentation(
             outputs, [shape], 0.5, presence=one.presence[None], min_presence=enough
         )
@@ -565,8 +559,7 @@ def test_the_presence_in_json_decides_everywhere_whether_a_text_is_shown(tiny_pr
     (text,) = json.loads(json.dumps(found.to_dict()))["texts"]
     shown = text["presence"] >= least
     assert shown == bool(text["regions"]) == bool(found.mask("dog").any()) == bool((found.label_map() == 0).any())
-    (masks,) = tiny_processor.post_process_masks([found.maps], 0.5, found.presence[None], least)
-    assert torch.equal(masks[0], found.mask("dog")) and found.present == [shown]
+    assert found.present == [shown]
     word, number = presence_text(text["presence"], least).split()
     assert (word != "absent") == shown and (float(number) >= least) == shown
 

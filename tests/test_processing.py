@@ -145,20 +145,10 @@ def test_sizes_of_maps_are_numbers_in_any_form(tiny_processor, form):
                 answer([(8, 12), wrong])
 
 
-def test_masks_by_hand(tiny_processor):
-    maps = [torch.tensor([[[0.2, 0.5], [0.6, 1.0]], [[0.0, 0.3], [0.9, 1.0]]])]
-    half = tiny_processor.post_process_masks(maps)[0]
-    assert half.tolist() == [[[False, False], [True, True]], [[False, False], [True, True]]]
-    each = tiny_processor.post_process_masks(maps, threshold=[0.1, 0.95])[0]
-    assert each.sum((1, 2)).tolist() == [4, 1]
-
-
 @pytest.mark.parametrize(
     "threshold", [[0.1, 0.2], [0.1] * 4, [0.5], [[0.1, 0.2, 0.3]], [0.1, 0.2, -0.3], "0.5", [None] * 3]
 )
 def test_there_is_one_threshold_or_one_for_each_text(tiny_processor, threshold):
-    with pytest.raises(ValueError, match="a list of 3"):
-        tiny_processor.post_process_masks(list(MAPS), threshold)
     outputs = SimpleNamespace(similarity_maps=MAPS)
     with pytest.raises(ValueError, match="a list of 3"):
         tiny_processor.post_process_semantic_segmentation(outputs, threshold=threshold)
@@ -168,49 +158,12 @@ def test_there_is_one_threshold_or_one_for_each_text(tiny_processor, threshold):
 
 @pytest.mark.parametrize("min_presence", [50, -0.1, float("nan")])
 def test_a_least_presence_that_is_no_probability_is_refused(tiny_processor, min_presence):
-    """Masks compare any score, such as a cosine, but a label map needs a probability."""
     outputs = SimpleNamespace(similarity_maps=MAPS)
     options = {"presence": torch.zeros(2, 3), "min_presence": min_presence}
     with pytest.raises(ValueError, match="min_presence"):
         tiny_processor.post_process_semantic_segmentation(outputs, **options)
     with pytest.raises(ValueError, match="min_presence"):
         Explanation(["a", "b", "c"], torch.zeros(3), None, MAPS[0], (4, 6), min_presence=min_presence)
-    assert len(tiny_processor.post_process_masks(list(MAPS), **options)) == 2
-
-
-def two_images_of_boxes(processor):
-    """Two objects of the second text in the first image, nothing in the second."""
-    maps = torch.zeros(2, 2, 20, 30)
-    maps[0, 1, 2:6, 3:10] = 0.65
-    maps[0, 1, 3, 4] = 0.9
-    maps[0, 1, 5, 9] = 0.55
-    maps[0, 1, 10:18, 20:30] = 0.8
-    maps[0, 1, 19, 0] = 0.7  # too small
-    maps[0, 1, :, 15] = -0.1  # the lowest, before the corner at the right
-    return list(maps), processor.post_process_masks(list(maps))
-
-
-def test_boxes_by_hand(tiny_processor):
-    maps, masks = two_images_of_boxes(tiny_processor)
-    first, second = tiny_processor.post_process_boxes(maps, masks, min_area=2 / 600)
-    assert first["boxes"].tolist() == [[20, 10, 30, 18], [3, 2, 10, 6]]
-    assert first["labels"].tolist() == [1, 1]
-    assert first["scores"].tolist() == pytest.approx([0.8, (26 * 0.65 + 0.9 + 0.55) / 28])
-    assert second["boxes"].shape == (0, 4) and second["labels"].shape == second["scores"].shape == (0,)
-    assert len(tiny_processor.post_process_boxes(maps, masks, min_area=0)[0]["boxes"]) == 2  # one is far below
-
-
-def test_points_by_hand(tiny_processor):
-    maps, masks = two_images_of_boxes(tiny_processor)
-    options = {"min_area": 2 / 600, "num_positive": 2, "num_negative": 3}
-    first, second = tiny_processor.post_process_points(maps, masks, **options)
-    assert first["labels"].tolist() == [1, 1] and first["point_labels"].tolist() == [[1, 1, 0, 0, 0]] * 2
-    assert first["points"][1, 0].tolist() == [4, 3]  # the peak of the second box
-    for box, points in zip([(20, 10, 30, 18), (3, 2, 10, 6)], first["points"].tolist()):
-        assert all(box[0] <= x < box[2] and box[1] <= y < box[3] for x, y in points[:2])
-        assert not any(masks[0][1, y, x] for x, y in points[2:])
-        assert all(abs(x - 15) <= 1 for x, _ in points[2:4])
-    assert second["points"].shape == (0, 5, 2) and second["point_labels"].shape == (0, 5)
 
 
 def test_keywords_are_the_same_in_a_dictionary_of_their_side(tiny_processor):

@@ -60,15 +60,11 @@ def test_the_first_region_is_that_with_the_most_above_the_threshold():
     assert [len(find_regions(heatmap, heatmap > least, 0, 0)) for least in (0.8, 1.0)] == [1, 0]
 
 
-def test_parts_below_half_a_patch_are_left_out(tiny_processor):
+def test_parts_below_half_a_patch_are_left_out():
     """A patch of a 16 x 16 grid is 1/256 of the image; with 2000 pixels, 4 of them are the least that stay."""
     heatmap = np.zeros((40, 50), np.float32)
     heatmap[0:2, 0:2], heatmap[10, 10:13] = 0.9, 1.0
     assert [region.box for region in find_regions(heatmap, heatmap > 0.5)] == [(0, 0, 2, 2)]
-    maps = [torch.from_numpy(heatmap)[None]]
-    masks = [map_ > 0.5 for map_ in maps]
-    assert tiny_processor.post_process_boxes(maps, masks)[0]["boxes"].tolist() == [[0, 0, 2, 2]]
-    assert len(tiny_processor.post_process_points(maps, masks)[0]["points"]) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -164,8 +164,8 @@ class Explanation:
         """Returns the map and the mask of one text. The map is computed once for both. Raises as `mask`."""
         index = self.index(text)
         threshold = self._threshold(index) if threshold is None else threshold
-        heatmap, presence = self.map(index), self.presences[index]
-        return heatmap, masks_of_maps(heatmap[None], threshold, [presence], self.min_presence)[0]
+        heatmap = self.map(index)
+        return heatmap, (heatmap > check_thresholds(threshold, 1).float()) & self.present[index]
 
     def regions(self, text: int | str = 0, threshold: float | None = None) -> list[Region]:
         """Returns the connected parts of the mask of one text, best first, see [`find_regions`]. Raises as `mask`."""
@@ -331,19 +331,3 @@ def check_thresholds(threshold: float | Sequence[float], num_texts: int) -> torc
         or_list = f", or a list of {num_texts}, one for each text" if num_texts > 1 else ""
         raise ValueError(f"threshold is a number in [0, 1]{or_list}, not {threshold!r:.100}.")
     return thresholds.expand(num_texts)
-
-
-def masks_of_maps(
-    maps: torch.Tensor,
-    threshold: float | Sequence[float],
-    presences: Sequence[float | None],
-    min_presence: float,
-) -> torch.Tensor:
-    """
-    Computes the masks of T texts, `(T, H, W)` boolean, from their maps in [0, 1]. A pixel is foreground if the text
-    counts as shown ([`is_present`]), and its map is greater than its threshold.
-    """
-    thresholds = check_thresholds(threshold, len(maps)).float().to(maps.device)
-    are_present = [is_present(presence, min_presence) for presence in presences]
-    present = torch.tensor(are_present, dtype=torch.bool, device=maps.device)
-    return (maps > thresholds.view(-1, 1, 1)) & present.view(-1, 1, 1)

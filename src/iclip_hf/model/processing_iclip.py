@@ -1,14 +1,12 @@
 """
-Processor of ICLIP: prepares images and texts, and converts raw maps to maps of the image's size, masks, boxes and
-points.
+Processor of ICLIP: prepares images and texts, and converts outputs to maps of the image's size, label maps and
+explanations.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from numbers import Integral
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
@@ -17,12 +15,11 @@ from transformers.image_utils import get_image_size
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .explanation import check_thresholds, masks_of_maps
+from .explanation import Explanation, check_thresholds
 from .images import load_image, to_8_bit, to_pixels, to_rgb
 from .label_maps import label_map
 from .presence import MIN_PRESENCE, check_min_presence
 from .prompts import check_templates, check_text, split_texts
-from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import check_map_size, resize_and_normalize
 
 
@@ -301,32 +298,35 @@ class ICLIPProcessor(ProcessorMixin):
         sizes = map(check_map_size, target_sizes)
         return [resize_and_normalize(image_maps, size, reverse) for image_maps, size in zip(maps, sizes, strict=True)]
 
-    def post_process_masks(
+    def post_process_explanations(
         self,
-        maps: Sequence[torch.Tensor],
-        threshold: float | Sequence[float] = 0.5,
+        outputs,
+        labels: Sequence[str],
+        target_sizes: Sequence[tuple[int, int]],
+        scores: torch.Tensor,
         presence: torch.Tensor | None = None,
-        min_presence: float = MIN_PRESENCE,
-    ) -> list[torch.Tensor]:
+    ) -> list[Explanation]:
         """
-        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are
-        outside [0, 1], or their number is not T.
+        Converts outputs to explanations, which compute maps, masks, regions and points. Raises `ValueError` if the
+        outputs have no maps.
 
         Args:
-            maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
-            threshold (`float` in [0, 1], or T of them): threshold of all texts, or of each, such as the best threshold
-                of each class.
-            presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`], or any score that is
-                higher for present texts.
-            min_presence (`float`): a text with a lower presence counts as absent and gets an empty mask.
+            outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
+            labels (list of T `str`): the texts.
+            target_sizes (list, array or tensor of B `(height, width)`): sizes of the original images in pixels.
+            scores, presence (`torch.Tensor` of shape `(B, T)`): from [`ICLIPModel.scores`] and
+                [`ICLIPModel.presence`]. Without presence, no text counts as absent.
 
         Returns:
-            list of B boolean `torch.Tensor` of shape `(T, H, W)`.
+            list of B [`Explanation`].
         """
-        presences = [[None] * len(image_maps) for image_maps in maps] if presence is None else presence.tolist()
+        raw_maps = _maps_of(outputs).float().cpu()
+        presences = [None] * len(raw_maps) if presence is None else presence.cpu()
         return [
-            masks_of_maps(image_maps, threshold, image_presences, min_presence)
-            for image_maps, image_presences in zip(maps, presences, strict=True)
+            Explanation([*labels], image_scores, image_presence, image_maps, check_map_size(size), method="itsm")
+            for image_scores, image_presence, image_maps, size in zip(
+                scores.cpu(), presences, raw_maps, target_sizes, strict=True
+            )
         ]
 
     def post_process_semantic_segmentation(
@@ -356,9 +356,7 @@ class ICLIPProcessor(ProcessorMixin):
         Returns:
             list of B `torch.Tensor` of shape `(height, width)`, int64: index of the text, or -1.
         """
-        maps = getattr(outputs, "similarity_maps", None)
-        if maps is None:
-            raise ValueError("The outputs have no similarity_maps: call the model with output_similarity_maps=True.")
+        maps = _maps_of(outputs)
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
         presences = [None] * len(maps) if presence is None else presence
         if threshold is not None:
@@ -370,100 +368,12 @@ class ICLIPProcessor(ProcessorMixin):
             for raw_maps, size, image_presences in zip(maps, sizes, presences, strict=True)
         ]
 
-    def post_process_boxes(
-        self, maps: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], min_area: float = MIN_AREA
-    ) -> list[dict[str, torch.Tensor]]:
-        """
-        Converts masks to boxes, one for each connected part. Raises `ValueError` if masks do not fit the maps.
 
-        Args:
-            maps (list of B `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
-            masks (list of B `torch.Tensor` of shape `(T, H, W)`): from `post_process_masks`.
-            min_area (`float` in [0, 1]): smallest area of a part, as a fraction of the image's area.
-
-        Returns:
-            list of B `dict` with R boxes, ordered by text, then best first:
-            `scores` `(R,)`: mean of the map over the part, in [0, 1]; `labels` `(R,)`: index of the text;
-            `boxes` `(R, 4)`: (x0, y0, x1, y1) in pixels, float32. An empty mask has no box.
-        """
-        results = []
-        for texts in _texts_with_regions(maps, masks, min_area):
-            regions = [region for text in texts for region in text.regions]
-            results.append(
-                {
-                    "scores": torch.tensor([region.score for region in regions]),
-                    "labels": _text_indices(texts),
-                    "boxes": torch.tensor([region.box for region in regions], dtype=torch.float32).view(-1, 4),
-                }
-            )
-        return results
-
-    def post_process_points(
-        self,
-        maps: Sequence[torch.Tensor],
-        masks: Sequence[torch.Tensor],
-        min_area: float = MIN_AREA,
-        num_positive: int = 1,
-        num_negative: int = 3,
-    ) -> list[dict[str, torch.Tensor]]:
-        """
-        Converts masks to point prompts for SAM, one object for each connected part. SAM's processor takes them as
-        `input_points=[result["points"].tolist()]` and `input_labels=[result["point_labels"].tolist()]`. The boxes of
-        `post_process_boxes` have the same order.
-
-        Args:
-            maps, masks, min_area: as for `post_process_boxes`.
-            num_positive (`int`): number of points at the highest values of the map in the part, the highest first.
-            num_negative (`int`): number of points at the lowest values of the map outside of the mask, or of the whole
-                map if the mask has all pixels.
-
-        Returns:
-            list of B `dict` with R objects of num_points = num_positive + num_negative: `labels` `(R,)`: index of
-            the text; `points` `(R, num_points, 2)`: (x, y) in pixels; `point_labels` `(R, num_points)`: 1 positive,
-            0 negative; all int64.
-        """
-        point_labels = torch.tensor([1] * num_positive + [0] * num_negative)
-        results = []
-        for texts in _texts_with_regions(maps, masks, min_area):
-            points = []
-            for text in texts:
-                negative = negative_points(text.heatmap, text.mask, num_negative)
-                for region in text.regions:
-                    positive = positive_points(text.heatmap, region, num_positive)
-                    points.append(np.concatenate([positive, negative]))
-            results.append(
-                {
-                    "labels": _text_indices(texts),
-                    "points": torch.tensor(np.array(points), dtype=torch.long).view(-1, len(point_labels), 2),
-                    "point_labels": point_labels.repeat(len(points), 1),
-                }
-            )
-        return results
-
-
-class _TextRegions(NamedTuple):
-    """The regions of one text in one image."""
-
-    index: int  # index of the text
-    heatmap: np.ndarray  # (H, W)
-    mask: np.ndarray  # (H, W)
-    regions: list[Region]
-
-
-def _texts_with_regions(maps, masks, min_area: float) -> Iterator[list[_TextRegions]]:
-    """Yields, for each image, its texts that have regions."""
-    for image_maps, image_masks in zip(maps, masks, strict=True):
-        arrays = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
-        texts = [
-            _TextRegions(index, heatmap, mask, find_regions(heatmap, mask, min_area))
-            for index, (heatmap, mask) in enumerate(arrays)
-        ]
-        yield [text for text in texts if text.regions]
-
-
-def _text_indices(texts: Sequence[_TextRegions]) -> torch.Tensor:
-    """Returns the index of the text of each region, `(R,)` int64."""
-    return torch.tensor([text.index for text in texts for _ in text.regions], dtype=torch.long)
+def _maps_of(outputs) -> torch.Tensor:
+    """Returns the raw maps of an [`ICLIPOutput`]."""
+    if getattr(outputs, "similarity_maps", None) is None:
+        raise ValueError("The outputs have no similarity_maps: call the model with output_similarity_maps=True.")
+    return outputs.similarity_maps
 
 
 def _converted(image, convert: Callable) -> Image.Image | torch.Tensor:

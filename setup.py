@@ -76,6 +76,7 @@ setup(
         "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
     },
     install_requires=[
+        "httpx>=0.27",
         "huggingface_hub>=2.0",
         "jinja2>=3.1",
         "numpy>=1.26",

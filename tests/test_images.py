@@ -1,7 +1,6 @@
 """images.py: every readable image becomes upright 8-bit RGB, every other one a clear error."""
 
 import base64
-import contextlib
 import io
 import sys
 import tracemalloc
@@ -116,15 +115,13 @@ def test_a_transparent_colour_of_16_bits_is_white():
     assert np.asarray(image)[0].tolist() == [[level] * 3 for level in (0, 255, 4, 156)]
 
 
-@pytest.mark.parametrize(
-    "dtype", ["int16", "int32", "int64", "uint32", "uint64", ">i4", ">u2", "uint8", "bool", "float16", ">f8"]
-)
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64", ">i4", "uint8", "bool", "float16", ">f8"])
 def test_arrays(dtype):
-    white = {"bool": 1, "float16": 1, ">f8": 1, ">u2": 65535}.get(dtype, 255)
+    white = {"bool": 1, "float16": 1, ">f8": 1}.get(dtype, 255)
     pixels = np.array([[0, white]]).astype(dtype)[..., None].repeat(3, 2)
-    for image in (pixels, pixels.transpose(2, 0, 1)):
+    for image in (pixels, pixels.transpose(2, 0, 1), pixels[..., 0]):
         assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 255]
-        assert np.asarray(load_image(image[:, ::-1, ::-1]))[0].tolist() in ([[0] * 3, [255] * 3], [[255] * 3, [0] * 3])
+    assert np.asarray(load_image(pixels[:, ::-1, ::-1]))[0].tolist() == [[255] * 3, [0] * 3]
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 3), (3, 40, 3), (3, 1, 3)])
@@ -140,10 +137,9 @@ def test_channels_of_an_array_are_last_and_of_a_tensor_first(shape):
     [
         (np.full((4, 5, 3), 256), ValueError),
         (np.full((4, 5, 3), -1, np.int32), ValueError),
-        (np.full((4, 5, 3), 256, np.uint32), ValueError),
         (np.full((4, 5, 3), 255.0), ValueError),
         (np.full((4, 5, 3), np.nan), ValueError),
-        (np.zeros((4, 5)), ValueError),
+        (np.zeros((4, 5, 2)), ValueError),
         (np.zeros((0, 5, 3)), ValueError),
         (["dog.jpg"], TypeError),
         (None, TypeError),
@@ -246,61 +242,10 @@ def test_the_death_of_a_worker_is_no_damaged_image(photo, monkeypatch):
 
 def test_base64_text(photo):
     text = f"data:image/png;base64,{base64.b64encode(encoded(photo)).decode()}"
-    for form in (text, "\n".join([text[:60], text[60:]]), f"\n {text}\n"):
+    for form in (text, "\n".join([text[:60], text[60:]])):
         np.testing.assert_array_equal(np.asarray(load_image(form)), np.asarray(photo))
-    for wrong in ("data:image/png;base64,bm8gaW1hZ2U=", "data:image/png;base64,bm8gaW1hZ2U"):
-        with pytest.raises(ValueError, match="data:image/png"):
-            load_image(wrong)
-    for form in ("PNG", "JPEG", "GIF", "WEBP"):  # alone, as transformers takes it
-        file = io.BytesIO()
-        photo.save(file, form)
-        content = file.getvalue()
-        content += bytes((1 - len(content)) % 3)  # of a length that needs padding
-        expected = np.asarray(load_image(content))
-        for encode in (base64.b64encode, base64.urlsafe_b64encode):
-            letters = encode(content).decode()
-            assert letters.endswith("==")
-            for found in (load_image(f" {letters}\n"), load_image(letters.rstrip("="))):
-                np.testing.assert_array_equal(np.asarray(found), expected)
-    for path in ("bm8gaW1hZ2U=", "/9j/photo.jpg"):
-        with pytest.raises(FileNotFoundError, match=path):
-            load_image(path)
-
-
-class Redirecting(QuietHandler):
-    """Sends to another protocol, from the path."""
-
-    def do_GET(self):
-        self.send_response(302)
-        self.send_header("Location", f"{self.path[1:]}://127.0.0.1:{self.server.server_port}/photo.png")
-        self.end_headers()
-
-
-@pytest.mark.parametrize("scheme", ["ftp", "file", "FTP", "data"])
-def test_a_url_is_redirected_to_no_other_protocol(scheme):
-    with served(Redirecting) as server, pytest.raises(OSError, match="redirect|Redirect"):
-        load_image(f"http://127.0.0.1:{server.server_port}/{scheme}")
-
-
-class LongRedirect(QuietHandler):
-    """Sends to the photograph, with as many megabytes as the client reads, at most 100."""
-
-    def do_GET(self):
-        if self.path == "/photo.png":
-            return super().do_GET()
-        self.send_response(302)
-        self.send_header("Location", "/photo.png")
-        with contextlib.suppress(OSError):
-            self.end_headers()
-            for self.server.sent in range(100):
-                self.wfile.write(bytes(2**20))
-
-
-def test_the_content_of_a_redirect_is_not_read(world):
-    with served(partial(LongRedirect, directory=world.folder)) as server:
-        found = load_image(f"http://127.0.0.1:{server.server_port}/moved")
-    assert found.tobytes() == load_image(world.photo).tobytes()
-    assert server.sent < 50
+    with pytest.raises(ValueError, match="data:image/png"):
+        load_image("data:image/png;base64,bm8gaW1hZ2U=")
 
 
 def test_a_scheme_in_capitals_is_one(world, tmp_path):

@@ -218,23 +218,20 @@ ARRAYS = {
     "float32": lambda pixels: pixels / np.float32(255),
     "float64": lambda pixels: pixels / 255,
     "float16": lambda pixels: (pixels / 255).astype(np.float16),
-    "uint16": lambda pixels: pixels.astype(np.uint16) * 257,
     "tensor": lambda pixels: torch.from_numpy(pixels),
     "float tensor": lambda pixels: torch.from_numpy(pixels) / 255,
     "channels first": lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1) / 255,
     "bfloat16": lambda pixels: (torch.from_numpy(pixels) / 255).bfloat16(),
-    "int8": lambda pixels: (pixels // 255 * 127).astype(np.int8),
     "int64": lambda pixels: pixels.astype(np.int64),
     "int32 tensor": lambda pixels: torch.from_numpy(pixels).int(),
     "booleans": lambda pixels: pixels == 255,
-    "uint16 tensor": lambda pixels: torch.from_numpy(pixels.astype(np.uint16) * 257),
 }
 
 
 @pytest.mark.parametrize("make", ARRAYS.values(), ids=ARRAYS)
 def test_arrays_of_every_agreed_range_are_the_photograph(tiny_processor, make):
     image = photo()
-    if make in (ARRAYS["int8"], ARRAYS["booleans"]):  # which have no 256 levels
+    if make is ARRAYS["booleans"]:  # which has no 256 levels
         image = image.point(lambda level: 255 * (level > 127))
     pixels = make(np.array(image))
     before = pixels.copy() if isinstance(pixels, np.ndarray) else pixels.clone()

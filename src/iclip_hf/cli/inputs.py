@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..model.downloads import is_url
+from ..model.images import is_url
 
 
 if TYPE_CHECKING:

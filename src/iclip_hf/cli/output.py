@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..model.downloads import is_url
+from ..model.images import is_url
 
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")

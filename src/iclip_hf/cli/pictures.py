@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..model.downloads import is_url
+from ..model.images import is_url
 from ..model.presence import MIN_PRESENCE, is_present, presence_text
 from ..utils.tables import table
 from .inputs import image_names, load_model, load_named_image

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import IterableDataset
 
-from ..model.downloads import MAX_DOWNLOAD
 from ..model.images import load_image
 from .bad_pairs import BadPairError, BadPairTally
 from .columns import LABEL_COLUMNS, USUAL_COLUMNS, Columns, PairTexts, sample_caption
@@ -158,7 +157,4 @@ def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
     import fsspec
 
     with _connection_errors(), fsspec.open(path, "rb") as opened:
-        content = opened.read(MAX_DOWNLOAD + 1)
-    if len(content) > MAX_DOWNLOAD:  # a zip file of kilobytes may hold gigabytes
-        raise ValueError(f"the image has more than {MAX_DOWNLOAD // 2**20} MiB: {path!r:.200}")
-    return content
+        return opened.read()

@@ -10,16 +10,27 @@ from typing import TYPE_CHECKING
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .downloads import download, is_url
-
 
 if TYPE_CHECKING:
     import torch
 
-# The first characters of a JPEG, PNG, GIF and WebP file in base64. Those of JPEG differ in base64's alphabet for URLs.
-_BASE64 = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR")
 # Other formats are excluded, because Pillow reads some of them with external programs (EPS with Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
+
+
+def is_url(name: object) -> bool:
+    """Returns whether `name` is a URL of http or https, from which an image is downloaded."""
+    return isinstance(name, str) and name.lower().startswith(("http://", "https://"))
+
+
+def _download(url: str, timeout: float) -> bytes:
+    import httpx
+
+    try:  # some sites refuse the user agent of httpx
+        answer = httpx.get(url, timeout=timeout, follow_redirects=True, headers={"User-Agent": "iclip-hf"})
+        return answer.raise_for_status().content
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise OSError(f"{url[:100]!r}: the image cannot be downloaded: {error}") from error
 
 
 @cache
@@ -92,11 +103,11 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
     above 255, otherwise as 8-bit grayscale.
 
     Args:
-        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path; a URL; a "data:" URL, or the
-            base64 text of a JPEG, PNG, GIF or WebP file, in either alphabet of base64; the bytes of a file; an image
-            of any mode; or the pixels, in the ranges of [`to_8_bit`]. An `os.PathLike` is always a path.
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path; a URL; a "data:" URL in
+            base64; the bytes of a file; an image of any mode; or the pixels, in the ranges of [`to_8_bit`]. An
+            `os.PathLike` is always a path.
         name (`str`, *optional*): name of the image in errors; its path if not given.
-        timeout (`float`): time limit in seconds for a download, which has at most `MAX_DOWNLOAD` bytes.
+        timeout (`float`): time limit in seconds for the answer to a download.
 
     Raises:
         `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`] and [`to_8_bit`]. Also `ValueError`: the
@@ -104,18 +115,13 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
         fails.
     """
     if hasattr(image, "shape") and not isinstance(image, (str, bytes)):  # numpy's strings have a shape too
-        return _from_array(to_8_bit(image))
+        return Image.fromarray(to_8_bit(image).movedim(0, -1).numpy(force=True))
     if isinstance(image, str) and not os.path.exists(image):
         name = name or repr(image[:100])
-        text = image.strip()
         if is_url(image):
-            image = download(image, timeout)
-        elif text.startswith("data:") or (text.startswith(_BASE64) and "." not in text):  # a path has a dot
-            try:
-                letters = (text.partition(",")[2] or text).replace("-", "+").replace("_", "/")
-                image = base64.b64decode(letters + "==")  # the padding may be missing, and surplus padding is ignored
-            except ValueError as error:
-                raise ValueError(f"{name}: this is no base64 text ({error}).") from error
+            image = _download(image, timeout)
+        elif image.startswith("data:"):
+            image = base64.b64decode(image.partition(",")[2])
     name = name or _name(image)
     return to_rgb(upright(open_image(image, name)), name)
 
@@ -147,62 +153,48 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
 
 def to_8_bit(image) -> torch.Tensor:
     """
-    Scales the pixels of an array or tensor to 0..255 and rounds them to uint8, on the same device. The result has 3
-    channels.
-
-    Args:
-        image: array or tensor of shape `(H, W, C)` or `(C, H, W)`, where C is 1 or 3. If the first and the last
-            dimension both could be the channels, the last one counts in a numpy array, which becomes `(C, H, W)`, and
-            the first one in a tensor. White is 65535 in uint16, 127 in int8, 1 in floats and booleans, and 255 in all
-            other integers.
-
-    Raises:
-        `ValueError`: the shape is wrong, or a value is NaN, infinite or outside of the range of its type.
-        `TypeError`: the values are no numbers.
+    Returns the pixels of an array or tensor as uint8 `(3, H, W)`, see [`to_pixels`]. White is 1 in floats and
+    booleans, and 255 in integers. Raises `ValueError` if a value is outside of this range.
     """
     import torch
 
     pixels = to_pixels(image)
-    if pixels.dtype == torch.uint8:
-        return pixels
-    integer_white = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}.get(pixels.dtype, 255)
-    white = 1 if pixels.is_floating_point() else integer_white
+    white = 1 if pixels.is_floating_point() or pixels.dtype == torch.bool else 255
     levels = (pixels.double() * (255 / white)).round()
     if levels.min() < 0 or levels.max() > 255:
-        low, high = pixels.double().aminmax()  # torch has no minimum of some integer types
         raise ValueError(
-            f"An image of {pixels.dtype} has values in [0, {white}], but this one has {low:g} to {high:g}: convert it "
-            "to uint8, or to uint16 if white is 65535."
+            f"An image of {pixels.dtype} has values in [0, {white}], but this one has {levels.min() * white / 255:g} "
+            f"to {levels.max() * white / 255:g}: convert it to uint8."
         )
     return levels.to(torch.uint8)
 
 
 def to_pixels(image) -> torch.Tensor:
-    """Returns the pixels of an array or tensor as a tensor with 3 channels, in any range. Raises as [`to_8_bit`]."""
+    """
+    Returns the pixels of an array or tensor as a tensor `(3, H, W)`, in any range. The shape is `(H, W)`, `(H, W, C)`
+    or `(C, H, W)`, where C is 1 or 3. If both ends could be the channels, they are last in a numpy array, and first in
+    a tensor. Raises `ValueError` for another shape, and for NaN and infinity.
+    """
     import numpy as np
     import torch
 
-    if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
-        raise ValueError(
-            f"An array of an image has the shape (H, W, C) or (C, H, W) with C = 1 or 3 channels, not "
-            f"{tuple(image.shape)}: array[..., None] adds a channel to (H, W)."
-        )
-    if isinstance(image, np.ndarray):
-        if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
-            image = np.moveaxis(image, -1, 0)  # the image processor would take the first dimension for the channels
+    is_array = isinstance(image, np.ndarray)
+    if is_array:
         # torch takes neither a foreign byte order nor negative strides, as of image[:, :, ::-1]. It warns of
         # read-only arrays, such as those of PIL images.
         image = np.require(image, image.dtype.newbyteorder("="), requirements="CW")
     pixels = torch.as_tensor(image)
+    if pixels.ndim == 2:
+        pixels = pixels.unsqueeze(0)
+    elif pixels.ndim == 3 and pixels.shape[-1] in (1, 3) and (is_array or pixels.shape[0] not in (1, 3)):
+        pixels = pixels.movedim(-1, 0)
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or 0 in pixels.shape:
+        raise ValueError(
+            f"An image has the shape (H, W), (H, W, C) or (C, H, W) with C = 1 or 3, not {tuple(image.shape)}."
+        )
     if not torch.isfinite(pixels).all():
         raise ValueError("The image holds NaN or infinity.")
-    return pixels.expand(3, -1, -1) if pixels.shape[0] in (1, 3) else pixels.expand(-1, -1, 3)
-
-
-def _from_array(pixels: torch.Tensor) -> Image.Image:
-    """Returns the RGB image of pixels from [`to_8_bit`]."""
-    pixels = pixels.movedim(0, -1) if pixels.shape[0] == 3 else pixels
-    return Image.fromarray(pixels.numpy(force=True))
+    return pixels.expand(3, -1, -1)
 
 
 def _name(source: str | os.PathLike | bytes | Image.Image) -> str:

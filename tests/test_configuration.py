@@ -4,7 +4,7 @@ import math
 import pytest
 from conftest import TEXT, VISION, tiny_config
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, ViTConfig
+from transformers import AutoConfig
 
 from iclip_hf import ICLIPConfig, ICLIPModel
 
@@ -61,8 +61,6 @@ def test_pipelines_whose_code_is_on_the_hub_stay(tmp_path, repository):
         ("map_tokens", 4),
         ("map_tokens", 8.5),
         ("recognition_pooling", "class_and_average"),
-        ("average_layers", 0),
-        ("average_layers", 2),
         ("vision_downsampling", 0),
         ("map_atention", "none"),
     ],
@@ -93,10 +91,3 @@ def test_features_need_a_pooling_of_patches():
     assert ICLIPConfig(**features, feature_dim=8).patch_dim == 768 + 8 and ICLIPConfig().patch_dim == 768
     with pytest.raises(StrictDataclassError, match="feature_config needs another pooling"):
         ICLIPConfig(**features, pooling="class_token")
-
-
-def test_averages_are_of_layers_that_the_tower_has():
-    options = {"recognition_pooling": "class_and_average", "vision_config": ViTConfig(num_hidden_layers=3)}
-    assert ICLIPConfig(**options, average_layers=3).average_layers == 3
-    with pytest.raises(StrictDataclassError, match="average_layers"):
-        ICLIPConfig(**options, average_layers=4)

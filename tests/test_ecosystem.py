@@ -31,7 +31,7 @@ from iclip_hf.training import CachedPairs, ICLIPTrainer, PairCollator
 def test_offloaded_weights_give_the_same(vision, features, tmp_path):
     """The hooks copy what passes, and load a module's parameters only before its forward."""
     inputs, devices = tiny_inputs(batch=3, size=(32, 48)), {"execution_device": torch.device("cpu")}
-    layers = {"recognition_pooling": "class_and_average", "average_layers": 2, **features}
+    layers = {"recognition_pooling": "class_and_average", **features}
     expected, in_memory, on_disk = (tiny_model(vision, "clip_text_model", **layers) for _ in range(3))
     blocks = sorted(expected._no_split_modules)
     cpu_offload(in_memory, **devices, preload_module_classes=blocks)

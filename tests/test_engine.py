@@ -14,11 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
-from conftest import WORDS, explain, noise, tiny_image_processor, tiny_model
+from conftest import explain, noise, tiny_model
 from families import LABELS, pixels, raw_maps
 from PIL import Image
-from transformers import BertTokenizer, CLIPImageProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
+from transformers import CLIPImageProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from iclip_hf import ICLIPProcessor, ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, draw
 from iclip_hf.backends.embedded import vocabulary
@@ -428,24 +427,6 @@ def test_each_image_has_its_list_of_texts(tiny_processor, lists):
         list(Engine(sigmoid_model(), tiny_processor).run(iter(IMAGES[:2]), [["dog"]] * lists))
 
 
-@pytest.mark.parametrize("method", ["itsm", "gem", "grad_cam"])
-@pytest.mark.parametrize("offload_buffers", [False, True])
-def test_an_offloaded_model_explains(tiny_processor, method, offload_buffers):
-    """Also with parameters and buffers of the model itself, which belong to none of its layers."""
-    options = {"max_over": "similarity", "center_tokens": True, "map_attention": "signed"}
-    model = sigmoid_model(**options, recognition_pooling="class_and_average", recognition_share=0.3)
-    with torch.no_grad():
-        model.token_mean.normal_()
-        model.attention_direction.normal_()
-    expected = explain((model, tiny_processor), IMAGES, TEXTS, method, image_size=48)
-    model = cpu_offload(copy.deepcopy(model), offload_buffers=offload_buffers)
-    for one, other in zip(explain((model, tiny_processor), IMAGES, TEXTS, method, image_size=48), expected):
-        assert_same(one, other)
-    if method == "itsm":
-        for one, other in zip(Engine(model, tiny_processor, image_size=48).run(IMAGES, TEXTS), expected):
-            assert_same(one, other)
-
-
 def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
     explanation = explain((sigmoid_model(), tiny_processor), IMAGES[0], TEXTS)
     explanation = replace(explanation, threshold=[0.3, 0.5, 0.7], presence=torch.tensor([0.9, 0.5, 0.49]))
@@ -740,18 +721,3 @@ def test_a_text_that_is_cut_is_told(tiny_processor, caplog):
     assert not caplog.records
     engine.encode(["dog", "dog " * 100])
     assert "77 tokens or more; the others are cut off" in caplog.text
-
-
-def test_a_text_in_another_script_is_said_to_be_unknown(tmp_path, caplog):
-    """By a tokenizer of English words and their parts. Others may read it: of bytes, or with words of any script."""
-
-    def warned(text: str, *tokens: str) -> bool:
-        caplog.clear()
-        (tmp_path / "vocab.txt").write_text("\n".join([*WORDS, *tokens]))
-        tokenizer = BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
-        Engine(tiny_model(), ICLIPProcessor(tiny_image_processor(), tokenizer, patch_size=8)).encode(["dog", text])
-        return f"knows no word of {text!r}" in caplog.text
-
-    assert warned("кошка", "##s", "к", "##к") and warned("猫", "##s")
-    assert not any(warned(text, "##s") for text in ("cat", "красный car", "7", "naïve"))
-    assert not warned("кошка", "s") and not warned("кошка", "##s", *"абвгдежзиклмноп")

@@ -25,9 +25,8 @@ POOLED = [
     {"pooling": "masked_max", "recognition_pooling": "class_and_average"},
     TOKENS,
     {**TOKENS, "recognition_pooling": "class_and_average"},
-    {"recognition_pooling": "class_and_average", "average_layers": 2},
-    {**TOKENS, "recognition_pooling": "class_and_average", "average_layers": 2},
-    {**TOKENS, "recognition_pooling": "class_and_average", "average_layers": 2, **FEATURES},
+    {"recognition_pooling": "class_and_average"},
+    {**TOKENS, "recognition_pooling": "class_and_average", **FEATURES},
     {"recognition_pooling": "class_and_average", **FEATURES},
 ]
 
@@ -53,7 +52,7 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     calls = counted(model, monkeypatch)
     cache = FeatureCache(model, tiny_processor, folder)
     places = cache.fill_images(pairs)
-    assert not calls or {"max_over", "average_layers", "feature_dim"} & options.keys()
+    assert not calls or {"max_over", "feature_dim"} & options.keys()
     rows = [{"features": record, "captions": ["a dog"], "nouns": None} for record in cache.features(places[[5, 60]])]
     features = PairCollator(tiny_processor)(rows)["image_features"]
     cached = model.loss_inputs({name: of_images.float() for name, of_images in features.items()})

@@ -39,7 +39,6 @@ WHOLE = {
     "feature_image_std": STD,
     "vision_downsampling": 2,
     "recognition_pooling": "class_and_average",
-    "average_layers": 2,
     "recognition_share": 0.3,
     "max_over": "similarity",
     "center_tokens": True,
@@ -48,7 +47,7 @@ WHOLE = {
     "known_competition": 1.0,
     "map_tokens": 6,
 }
-FEATURES_ALONE = {"recognition_pooling": "feature_average", "average_layers": 1}
+FEATURES_ALONE = {"recognition_pooling": "feature_average"}
 GRID = (4, 6)  # of the images of 64x96 pixels below
 
 
@@ -74,9 +73,7 @@ def slow(model, pixel_values):
     images, patches = [], []
     for image in pixel_values:
         squares = image.unflatten(1, (32, 2)).unflatten(3, (48, 2)).mean((2, 4))
-        hidden = model.vision_model(squares[None], interpolate_pos_encoding=True, output_hidden_states=True)
-        norm = model.vision_model.layernorm
-        last, before = (norm(layer)[0].double().numpy() for layer in hidden.hidden_states[:-3:-1])
+        last = model.vision_model(squares[None], interpolate_pos_encoding=True).last_hidden_state[0].double().numpy()
         matrix = weights["feature_reduction.weight"]
         raw, small = (
             backbone.forward_features(torch.stack([(c - m) / s for c, m, s in zip(view, MEAN, STD)])[None])[0]
@@ -90,7 +87,7 @@ def slow(model, pixel_values):
         if alone := model.config.recognition_pooling == "feature_average":
             images.append(recognition @ average)
         else:
-            images.append(recognition @ np.concatenate([before[1:].mean(0), last[0], tokens.mean(0)]))
+            images.append(recognition @ np.concatenate([last[0], tokens.mean(0)]))
         centered, mean = tokens - weights["token_mean"], weights["token_mean"]
         likeness = np.exp(3.0 * unit(centered[:, :32]) @ unit(centered[:, :32]).T)
         shared = (likeness / likeness.sum(1, keepdims=True)) @ centered
@@ -198,7 +195,6 @@ def test_batch_norms_are_folded_into_convolutions(padding, monkeypatch):
         plain = TimmWrapperModel.forward(tower, pixel_values, do_pooling=False).last_hidden_state
         with monkeypatch.context() as context:
             context.setattr(F, "batch_norm", None)
-            context.setattr(F, "pad", None)
             folded = tower(pixel_values, do_pooling=False).last_hidden_state
         assert folded.dtype == dtype and plain.std() > 0.01
         torch.testing.assert_close(folded, plain, atol=1e-5, rtol=1e-4)

@@ -26,7 +26,7 @@ TEXT = ("text_embeds", "map_text_embeds", "attention_weights")
 def model():
     """As the embedded model, with a feature tower, and trained values that are not those of its configuration."""
     options = {"max_over": "similarity", "center_tokens": True, "map_attention": "signed", "map_affinity": 10.0}
-    options |= {"recognition_pooling": "class_and_average", "average_layers": 2, "recognition_share": 0.4}
+    options |= {"recognition_pooling": "class_and_average", "recognition_share": 0.4}
     options |= {
         "peak_share": 0.3,
         "image_hidden_size": 12,

@@ -63,7 +63,6 @@ OPTIONS = {
     "map_affinity": 10.0,
     "attention_norm": "quantile",
     "recognition_pooling": "class_and_average",
-    "average_layers": 2,
     "image_hidden_size": 12,
     "text_hidden_size": 20,
     "recognition_share": 0.4,

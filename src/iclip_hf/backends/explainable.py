@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from ..model.engine import Engine, input_device
+from ..model.engine import Engine
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.projections import average_prompts, normalize
 from ..model.similarity import cosine_similarity_map, cosines
@@ -133,7 +133,7 @@ class RecordableModel(ExplainableModel):
 
     @property
     def device(self) -> torch.device:
-        return input_device(self.network)
+        return next(self.network.parameters()).device
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         return self._encode_images(pixel_values.to(self.device, next(self.network.parameters()).dtype))

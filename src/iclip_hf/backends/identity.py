@@ -44,7 +44,7 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     config = getattr(model, "config", None)
     if isinstance(model, torch.nn.Module):
         used_dtype = getattr(torch, dtype) if dtype else next(model.parameters()).dtype
-        weights = _weights(model)
+        weights = model.state_dict()
         if dtype:
             rounded = {name: weight.to(used_dtype) for name, weight in weights.items() if weight.is_floating_point()}
             weights = {**weights, **rounded}
@@ -91,15 +91,6 @@ def _attributes(model: torch.nn.Module) -> dict[str, dict]:
         plain = {key: value for key, value in public.items() if isinstance(value, (bool, int, float, str, tuple))}
         attributes[name] = plain | dict.fromkeys(_MODULE_STATE)
     return attributes
-
-
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    weights = model.state_dict()
-    if any(weight.is_meta for weight in weights.values()):  # offloaded by Accelerate, which is then installed
-        from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-        weights = get_state_dict_offloaded_model(model)
-    return weights
 
 
 def _plain(value):

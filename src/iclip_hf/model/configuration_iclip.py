@@ -126,9 +126,6 @@ class ICLIPConfig(PreTrainedConfig):
             The score is (1 - w) times the cosine of the recognition branch plus w times the highest cosine of the map.
             A small object changes the peak more than it changes the vector of the whole image. Losses, `image_embeds`
             and gradient methods do not read the peak.
-        average_layers (`int`, defaults to 1): number of layers, counted from the last one of the image tower, whose
-            mean patch tokens `"class_and_average"` reads, each after the tower's final norm. The class token is from
-            the last layer.
         image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of the MLP in the image projection of
             the recognition branch, and of the MLP in the text projections, see [`~projections.Projection`]. With 0, a
             projection is linear, as in the paper.
@@ -202,7 +199,6 @@ class ICLIPConfig(PreTrainedConfig):
     # recognition and presence
     recognition_pooling: Literal["class_token", "class_and_average", "feature_average"] = _option("class_token")
     peak_share: int | float = _option(0.0, "[0, 1]")
-    average_layers: int = _option(1, "[1, inf)", cached=True)
     image_hidden_size: int = _option(0, "[0, inf)")
     text_hidden_size: int = _option(0, "[0, inf)")
     logit_bias_init_value: int | float | None = _option(None, "(-inf, inf)", read_by="weights")
@@ -276,16 +272,15 @@ class ICLIPConfig(PreTrainedConfig):
     @property
     def recognition_poolings(self) -> list[str]:
         """
-        The poolings of the recognition branch, whose vectors are concatenated: names in [`~pooling.POOLINGS`],
-        `"earlier_averages"` or `"feature_average"`. Without dual projections, the pooling is that of the map branch.
+        The poolings of the recognition branch, whose vectors are concatenated: names in [`~pooling.POOLINGS`], or
+        `"feature_average"`. Without dual projections, the pooling is that of the map branch.
         """
         if not self.dual_projection:
             return [self.map_pooling]
         if self.recognition_pooling == "feature_average":
             return ["feature_average"]
-        earlier = ["earlier_averages"] if self.average_layers > 1 else []
         average = ["average"] if self.recognition_pooling == "class_and_average" else []
-        return [*earlier, "class_token", *average]
+        return ["class_token", *average]
 
     @property
     def map_scale(self) -> float:
@@ -316,11 +311,6 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError('recognition_pooling="feature_average" needs a feature_config.')
         if self.recognition_share > 0 and self.recognition_pooling == "class_token":
             raise ValueError('recognition_share needs another recognition_pooling than "class_token".')
-        if self.average_layers > 1 and self.recognition_pooling != "class_and_average":
-            raise ValueError('average_layers needs recognition_pooling="class_and_average".')
-        if self.average_layers > 1 and self.average_layers > self.vision_config.num_hidden_layers:
-            number = self.vision_config.num_hidden_layers
-            raise ValueError(f"average_layers is at most {number}, the number of the image tower's layers.")
         if self.feature_config is not None and self.map_pooling == "class_token":
             raise ValueError('feature_config needs another pooling than "class_token": it adds features to patches.')
 

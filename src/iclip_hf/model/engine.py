@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -200,10 +199,7 @@ class Engine:
             if mask is not None and mask.shape[1] == self.processor.max_text_length and mask[:, -1].any():
                 logger.warning("A text has %d tokens or more; the others are cut off.", mask.shape[1])
             with torch.no_grad():
-                parts.append(self.model.get_text_features(**prompts.to(input_device(self.model))))
-        foreign_label = next((label for label in labels if not re.search("[A-Za-z0-9]", label)), None)
-        if foreign_label and _has_english_words(self.processor.tokenizer):
-            logger.warning("The model reads English, and knows no word of %r.", foreign_label)
+                parts.append(self.model.get_text_features(**prompts.to(self.model.device)))
         return join_texts(parts)
 
     def prepare(
@@ -501,24 +497,4 @@ class Engine:
         if not isinstance(view, torch.Tensor):
             return view
         # Models that are not from transformers convert the dtype themselves.
-        return self.model.get_image_features(view.to(input_device(self.model), getattr(self.model, "dtype", None)))
-
-
-def input_device(model) -> torch.device:
-    """
-    Returns the device for the inputs of a model: the device of its weights, or the CPU if they are offloaded. In that
-    case, hooks move the inputs.
-    """
-    if not isinstance(model, torch.nn.Module):
-        return model.device
-    device = next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def _has_english_words(tokenizer) -> bool:
-    """
-    Returns whether a tokenizer is WordPiece, such as BERT's, and has almost only ASCII tokens. Byte-level and
-    SentencePiece tokenizers do not mark parts of words by "##".
-    """
-    tokens = [*getattr(tokenizer, "get_vocab", dict)()]
-    return any(token.startswith("##") for token in tokens) and sum(map(str.isascii, tokens)) > 0.9 * len(tokens)
+        return self.model.get_image_features(view.to(self.model.device, getattr(self.model, "dtype", None)))

@@ -70,7 +70,6 @@ class ICLIPModel(ICLIPTowers):
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # the width of SigLIP's head
         pooled_dims = {
             "class_token": image_dim,
-            "earlier_averages": (config.average_layers - 1) * image_dim,
             "feature_average": config.feature_dim,
         }
         recognition_dim = sum(pooled_dims.get(pooling, config.patch_dim) for pooling in config.recognition_poolings)
@@ -230,14 +229,11 @@ class ICLIPModel(ICLIPTowers):
     def _pooled(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
         Pools the tokens of images by each of `poolings`, see `config.recognition_poolings`. Returns vectors by the
-        name of the pooling: `(B, D)`, or `(B, D + Df)` for poolings of patches with a feature tower;
-        `(B, (average_layers - 1) D)` for `"earlier_averages"`; and `(B, Df)` for `"feature_average"`. A pooling of
-        None is left out.
+        name of the pooling: `(B, D)`, or `(B, D + Df)` for poolings of patches with a feature tower, and `(B, Df)` for
+        `"feature_average"`. A pooling of None is left out.
         """
 
         def pool_by(name: str) -> torch.Tensor:
-            if name == "earlier_averages":
-                return image.earlier_averages.flatten(1)
             if name == "feature_average":
                 return image.feature_average
             mode, _, norm = name.partition("/")
@@ -302,23 +298,11 @@ class ICLIPModel(ICLIPTowers):
         # The attention is copied, so that it does not keep the tokens in memory.
         return averaged[..., :-1], averaged[..., -1].float().contiguous()
 
-    def _own_tensor(self, name: str) -> torch.Tensor:
-        """
-        Returns `token_mean` or `attention_direction`. If Accelerate offloads the tensor, this method calls the hook
-        that loads it. Accelerate itself calls the hook for `forward` only.
-        """
-        tensor, hook = getattr(self, name), getattr(self, "_hf_hook", None)
-        if tensor.is_meta and hook is not None:
-            hook.pre_forward(self)
-            tensor = getattr(self, name)
-            hook.post_forward(self, None)
-        return tensor
-
     def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """Returns patch tokens `(..., D)` as the map branch reads them: with `config.center_tokens`, centered."""
         if not self.config.center_tokens:
             return patch_tokens
-        return patch_tokens - self._own_tensor("token_mean").to(patch_tokens)
+        return patch_tokens - self.token_mean.to(patch_tokens)
 
     def embed_patches(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """
@@ -331,7 +315,7 @@ class ICLIPModel(ICLIPTowers):
             # input. The other parts, such as the class token, are zero here.
             tokens = patch_tokens
             if self.config.center_tokens:
-                tokens = tokens + self._own_tensor("token_mean").to(tokens)
+                tokens = tokens + self.token_mean.to(tokens)
             projection = self.recognition.visual_projection
             if self.config.recognition_pooling == "feature_average":
                 tokens = tokens[..., -self.config.feature_dim :]
@@ -425,7 +409,7 @@ class ICLIPModel(ICLIPTowers):
         Computes the weight of the attention in the map of each text from unit vectors of the map branch `(..., T, P)`.
         Returns `(..., T)`, float32, not clamped to [-1, 1].
         """
-        direction = self._own_tensor("attention_direction").to(map_text_embeds.device, torch.float32)
+        direction = self.attention_direction.to(map_text_embeds.device, torch.float32)
         with torch.autocast(direction.device.type, enabled=False):
             return self.config.map_scale * (map_text_embeds.float() @ direction)
 

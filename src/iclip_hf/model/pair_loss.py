@@ -16,9 +16,8 @@ from .similarity import cosines
 class ImageInputs(NamedTuple):
     """Inputs of the loss from B images. With a locked tower they can be computed once and kept."""
 
-    # Pooled tokens of the recognition branch, (B, D). With `recognition_pooling="class_and_average"`,
-    # (B, (1 + average_layers) D): averages of the layers before the last, class token, average of the last layer.
-    # With a feature tower, the average of the last layer has Df (`feature_dim`) more numbers. (B, Df) with
+    # Pooled tokens of the recognition branch, (B, D). With `recognition_pooling="class_and_average"`, (B, 2 D): class
+    # token and average. With a feature tower, the average has Df (`feature_dim`) more numbers. (B, Df) with
     # "feature_average".
     pooled: torch.Tensor
     map_pooled: torch.Tensor | None  # pooled tokens of the map branch, (B, D); None with `max_over="similarity"`

@@ -42,8 +42,7 @@ EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 class LayerExchange:
     """
     Data of one forward pass that the model exchanges with the last layers of the image tower. The last attention reads
-    `value_share`, and writes the class token's attention over all L tokens to `class_row` (B, heads, 1, L). The layers
-    before the last that `average_layers` counts write their outputs (B, L, D) to `earlier_outputs`.
+    `value_share`, and writes the class token's attention over all L tokens to `class_row` (B, heads, 1, L).
 
     This class is neither a list nor a dictionary, because hooks of device maps, offloading and FSDP copy lists and
     dictionaries.
@@ -52,7 +51,6 @@ class LayerExchange:
     def __init__(self, value_share: float):
         self.value_share = value_share
         self.class_row: torch.Tensor | None = None
-        self.earlier_outputs: dict[nn.Module, torch.Tensor] = {}
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """
@@ -80,11 +78,6 @@ def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, lay
     return attended, None
 
 
-def _keep_output(layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-    if exchange := kwargs.get("layer_exchange"):
-        exchange.earlier_outputs[layer] = output
-
-
 AttentionInterface.register("sdpa_class_row", _sdpa_class_row)
 AttentionMaskInterface.register("sdpa_class_row", sdpa_mask)
 
@@ -97,8 +90,6 @@ class ImageTokens(NamedTuple):
     raw_attention: torch.Tensor  # (B, N), of the class token in the last layer, mean over the heads, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
-    # (B, average_layers - 1, D), mean patch tokens of the layers before the last; None if `average_layers` is 1
-    earlier_averages: torch.Tensor | None = None
     feature_average: torch.Tensor | None = None  # (B, Df), with `recognition_pooling="feature_average"`
 
 
@@ -143,12 +134,6 @@ class ICLIPTowers(PreTrainedModel):
             self.feature_reduction = nn.Linear(channels, config.feature_dim)
 
         self._prepare_last_attention()
-        if config.average_layers > 1:
-            depth = config.vision_config.num_hidden_layers
-            lists = (module for module in self.vision_model.modules() if isinstance(module, nn.ModuleList))
-            layers = next(module for module in lists if len(module) == depth)
-            for layer in layers[-config.average_layers : -1]:
-                layer.register_forward_hook(_keep_output, with_kwargs=True)
 
     @staticmethod
     def _check_tower_types(config: ICLIPConfig) -> None:
@@ -244,16 +229,10 @@ class ICLIPTowers(PreTrainedModel):
             factor = self.config.vision_downsampling
             downsampled = pixel_values if factor == 1 else F.avg_pool2d(pixel_values, factor)
             outputs = self.vision_model(downsampled, layer_exchange=exchange, **kwargs)
-            tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, tower_type.final_norm)
+            tokens = outputs.last_hidden_state
             if not tower_type.normed:
-                tokens = norm(tokens)
+                tokens = getattr(self.vision_model, tower_type.final_norm)(tokens)
             # Layers may be on several devices.
-            earlier_averages = None
-            if self.config.average_layers > 1:
-                # A tower that serves several models may keep more layers than this model reads.
-                earlier = list(exchange.earlier_outputs.values())[1 - self.config.average_layers :]
-                averages = [norm(output.to(tokens.device))[:, patch_slice].mean(1) for output in earlier]
-                earlier_averages = torch.stack(averages, 1)
             attention = outputs.attentions[-1] if exchange.class_row is None else exchange.class_row
             raw_attention = attention[:, :, 0, patch_slice].float().mean(1).to(tokens.device)
         patch_tokens = tokens[:, patch_slice]
@@ -267,7 +246,6 @@ class ICLIPTowers(PreTrainedModel):
             raw_attention=raw_attention,
             grid=grid,
             tower_output=outputs,
-            earlier_averages=earlier_averages,
             feature_average=feature_average,
         )
 

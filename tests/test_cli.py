@@ -280,37 +280,6 @@ for command in {commands}:
     assert len(done.stderr.splitlines()) == len(commands)  # one sentence each, of the help none
 
 
-def test_a_closed_pipe_ends_a_command_silently():
-    command = [sys.executable, "-m", "iclip_hf.cli", "--help"]
-    unread, output = os.pipe()
-    os.close(unread)
-    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # without a buffer, argparse hides the error
-    done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
-    os.close(output)
-    assert (done.returncode, done.stderr) == (141, "")
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no such setting")
-def test_the_processes_of_a_command_run_no_code_of_the_working_directory(tmp_path):
-    """It may be the folder of a stranger's model."""
-    (tmp_path / "multiprocessing.py").write_text("open('ran', 'w')")
-    code = """
-import sys
-sys.path = [*filter(None, sys.path)]  # as the script `iclip` has it
-from multiprocessing import get_context
-from iclip_hf import cli
-sys.argv = ["iclip", "--version"]
-assert cli.main() == 0
-process = get_context("spawn").Process(target=print, args=("started",))
-process.start()
-process.join()
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    command, options = [sys.executable, "-c", code], {"capture_output": True, "text": True, "env": environment}
-    done = subprocess.run(command, cwd=tmp_path, **options)
-    assert done.stdout.endswith("started\n") and not (tmp_path / "ran").exists(), done.stderr
-
-
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, given):
     """The variable is read when torch is imported, which the commands do late."""

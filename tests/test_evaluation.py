@@ -1,5 +1,4 @@
 import csv
-import io
 import itertools
 import json
 import re
@@ -264,23 +263,6 @@ def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, w
         assert together["results"]["itsm"]["presence"][name] == pytest.approx(
             written["results"]["itsm"]["presence"][name], abs=1e-3
         )
-
-
-def test_results_are_written_if_nobody_reads_the_table(labelled_folder, world, tmp_path, monkeypatch):
-    """As after `iclip evaluate | head`."""
-
-    class Closed(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError
-
-        def fileno(self):
-            return 1
-
-    monkeypatch.setattr("sys.stdout", Closed())
-    monkeypatch.setattr("os.dup2", lambda *descriptors: None)  # of this process, not of a command
-    output = tmp_path / "results.json"
-    assert iclip(*arguments(labelled_folder, world, "--limit", 2, "--output", output)) == 141
-    assert json.loads(output.read_text())["results"]["itsm"]
 
 
 def test_average_precisions_that_no_score_changes_are_remarked(tmp_path, tiny_processor):

@@ -177,18 +177,3 @@ def test_a_folder_that_is_no_tower(world, sandbox, side, damage):
     inputs.MODEL_FOLDERS[damage](folder / side)
     towers = ("--vision", vision, "--text", text)
     assert side in refused("init", "--config", folder / "config", *towers, "--output", "new")
-
-
-def test_several_texts_after_one_option_are_told_how_to_be_given(sandbox):
-    assert "by commas" in refused("segment", "photo.jpg", "--text", "dog", "cat")
-    assert "by commas" not in refused("segment", "photo.jpg", "--text", "dog", "--sharpness")
-
-
-def test_an_option_that_is_mistyped_is_not_called_missing(sandbox):
-    for command in ("explain", "segment"):
-        assert "--txt; did you mean --text?" in refused(command, "photo.jpg", "--txt", "dog")
-    assert "required: --text" in refused("segment", "photo.jpg", "--json")
-
-
-def test_a_command_that_is_mistyped_has_a_cure(sandbox):
-    assert "'explian'" in (line := refused("explian", "photo.jpg")) and "did you mean explain?" in line

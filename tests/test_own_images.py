@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import iclip, noise, tiny_model
-from PIL import Image
 from training_runs import write_table
 from transformers import TrainerState
 
@@ -20,7 +19,7 @@ from iclip_hf import ICLIPModel
 from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.cli.train.chosen_arguments import check_pairs, few_pairs_arguments
 from iclip_hf.cli.train.data import open_pairs
-from iclip_hf.cli.train.summary import common_labels, summary
+from iclip_hf.cli.train.summary import summary
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import evaluation
 from iclip_hf.training.arguments import FEW_PAIRS_STEPS, best_metric
@@ -225,7 +224,7 @@ def test_the_summary_shows_what_changed_and_where_the_model_is(tmp_path):
     low, high = re.fullmatch(r"text_to_image % +25 +50 +(\S+) to (\S+)", better[2]).groups()
     assert 0 < float(low) < 25 < float(high) and better[3] == "24 held-out pairs"
     assert better[4] == "The trained model, the best by text_to_image, is in 'runs/my pairs'."
-    assert better[5] == "Next: iclip explain PHOTO --text 'dog, ball' --model 'runs/my pairs'"
+    assert better[5] == "Next: iclip explain PHOTO --text ... --model 'runs/my pairs'"
     kept = summary(history_of({"text_to_image": hits[6]}, None), None, "", folder, held_out, "m")
     assert "'runs/my pairs' holds the model that you started from (m)" in "\n".join(kept)
     few = load_pairs(write_table(tmp_path, 6))
@@ -242,15 +241,6 @@ def test_the_interval_is_that_of_paired_changes():
     assert [low, high] == change_interval(level, level + change)
     assert low + high == pytest.approx(2 * change.mean(), abs=0.01)
     assert high - low == pytest.approx(2 * 1.96 * change.std() / 20, rel=0.1)
-
-
-def test_common_labels_are_classes_or_nouns(tmp_path):
-    for name in ("oak_leaf/1", "oak_leaf/2", "oak_leaf/3", "birch/1", "ash/1", "ash/2"):
-        (tmp_path / "leaves" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "leaves" / f"{name}.png")
-    assert common_labels(load_pairs(tmp_path / "leaves")) == ["oak leaf", "ash"]
-    table = write_table(tmp_path, 4, ["A cat.", "A dog on grass.", "A dog on grass.", "Qwerty."])
-    assert common_labels(load_pairs(table)) == ["dog", "grass"]
 
 
 def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, recorded):

@@ -6,8 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 
 from .. import __version__
 from .output import report_error
@@ -29,44 +28,10 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors suggest a known name for an unknown one."""
-
-    _typed: Sequence[str] = ()  # what the user typed
-
-    def parse_args(self, args=None, namespace=None):
-        self._typed = args or ()
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            takes_texts = any(action.dest == "texts" for action in self._actions)
-            is_text = takes_texts and not unknown[0].startswith("-")
-            hint = "; separate several texts by commas, as in --text 'dog, red ball'" if is_text else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return parsed
+    """A parser whose errors are one line, without the usage of many options."""
 
     def error(self, message: str):
-        known = self._option_string_actions
-        typed_names = [argument.split("=")[0] for argument in self._typed if argument.startswith("--")]
-        for name in typed_names:
-            is_abbreviation = self.allow_abbrev and any(option.startswith(name) for option in known)
-            if not (name in known or is_abbreviation):  # perhaps a required option that was mistyped
-                message = f"unrecognized arguments: {name}{self._cure(name, known)}"
-                break
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
-
-    def _cure(self, name: str, known: Iterable[str]) -> str:
-        """Returns the end of an error about an unknown option, which says what to use instead."""
-        if self.get_default("command") == "train":
-            from .train.arguments import cure_of
-
-            if cure := cure_of(name[2:].replace("-", "_")):
-                return cure
-        return _suggestion(name, known)
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    matches = get_close_matches(name, known, 1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,18 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         # The encoding of stdout may lack characters of names and texts.
         sys.stdout.reconfigure(errors="backslashreplace")
-    if arguments is None:
-        # The working directory may be the folder of a stranger's model. Processes that load data would import modules
-        # from it. Python 3.10 does not read this variable.
-        os.environ.setdefault("PYTHONSAFEPATH", "1")
-        arguments = sys.argv[1:]
-    try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
-        return 141  # the code of a program that SIGPIPE ends; the signal itself would also end servers and downloads
+    return _run(sys.argv[1:] if arguments is None else arguments)
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -98,16 +52,12 @@ def _run(arguments: Sequence[str]) -> int:
         command_parser = parser(command)
         if command in COMMANDS:
             args = command_parser.parse_args(arguments[1:])
-        elif command and command[0] != "-":
-            command_parser.error(f"there is no command {command!r}{_suggestion(command, COMMANDS)}")
         else:
             args = command_parser.parse_args(arguments or ["--help"])
     except SystemExit as stop:  # after a wrong option or a help text
         return stop.code
     try:
         return args.run(args) or 0
-    except BrokenPipeError:  # an OSError, which `main` handles
-        raise
     except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:
         report_error(command, error)
         return 2
@@ -139,8 +89,7 @@ def parser(command: str | None) -> argparse.ArgumentParser:
     program = _Parser(
         prog="iclip",
         description="Contrastive image-text models that explain themselves.",
-        epilog="Exit codes: 0 success; 2 invalid or unreadable input, with one line on stderr; 130 interrupted; "
-        "141 if the output is a pipe that was closed.",
+        epilog="Exit codes: 0 success; 2 invalid or unreadable input, with one line on stderr; 130 interrupted.",
     )
     program.add_argument("--version", action="version", version=f"iclip {__version__}")
     commands = program.add_subparsers(metavar="COMMAND", required=True)

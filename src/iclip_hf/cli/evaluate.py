@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..evaluation.protocols import protocol_settings
 from ..utils.files import check_new_folder, check_outputs, check_outside
 from .inputs import load_model
-from .options import DATASET, MODEL, PREPARATION, add_shared, at_least_1, fraction, positive, seed, texts
+from .options import DATASET, MODEL, PREPARATION, add_shared, at_least_1, fraction, number, seed, texts
 from .output import check_output_file, model_folders, print_lines, print_to_stderr
 
 
@@ -19,7 +20,7 @@ _FORMS = {
     "count": {"type": at_least_1, "metavar": "N"},
     "seed": {"type": seed, "metavar": "N"},
     "share": {"type": fraction, "metavar": "NUMBER"},
-    "positive": {"type": positive, "metavar": "NUMBER"},
+    "positive": {"type": number(float, sys.float_info.min), "metavar": "NUMBER"},
     "texts": {"action": "extend", "type": texts, "metavar": "TEXT"},
 }
 

@@ -58,36 +58,18 @@ def method(name: str) -> str:
     return check_method(name)
 
 
-@option_type
-def fraction(text: str) -> float:
-    """Parses a number in [0, 1]."""
-    if not 0 <= float(text) <= 1:
-        raise ValueError(f"{text} is not in [0, 1]")
-    return float(text)
+def number(kind: Callable[[str], Value], low: float, high: float = math.inf) -> Callable[[str], Value]:
+    """Makes a type for argparse: numbers of a `kind`, `int` or `float`, from `low` to `high`."""
+
+    def parse(text: str) -> Value:
+        if not low <= kind(text) <= high:
+            raise ValueError(f"{text} is not in [{low}, {high}]")
+        return kind(text)
+
+    return option_type(parse)
 
 
-@option_type
-def positive(text: str) -> float:
-    """Parses a finite number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError(f"{text} is not a positive number")
-    return float(text)
-
-
-@option_type
-def at_least_1(text: str) -> int:
-    """Parses a positive integer."""
-    if int(text) < 1:
-        raise ValueError(f"{text} is not at least 1")
-    return int(text)
-
-
-@option_type
-def seed(text: str) -> int:
-    """Parses a seed."""
-    if not 0 <= int(text) <= MAX_SEED:
-        raise ValueError(f"{text} is not in [0, {MAX_SEED}]")
-    return int(text)
+fraction, at_least_1, seed = number(float, 0, 1), number(int, 1), number(int, 0, MAX_SEED)
 
 
 _DEFAULT_METHOD_HELP = "itsm for ICLIP; for other models the one that shows where a text is, such as naclip for CLIP"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shlex
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,18 +75,12 @@ def save_picture(image, path: Path, dpi: int, replace: bool) -> Path:
 
 
 def report_error(command: str, error: BaseException) -> None:
-    """
-    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, which reports the error of
-    the process that failed first. If all processes are interrupted, only the first process prints the line.
-    """
+    """Prints an error as one line on stderr. If all processes are interrupted, only the first one prints it."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
         print_to_stderr(command, text)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": f"iclip {command}: {text}", "timestamp": int(time.time())}
-        Path(file).write_text(json.dumps(report))
 
 
 def print_lines(*lines: str) -> None:

@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
         segments, covered, label_map = _segments(explanation, num_texts)
         entry = {**explanation.settings(), "segments": segments}
         if covered:
-            reasons = "; ".join(_covering(explanation, index, label_map) for index in covered)
-            entry["problem"] = f"{name}: {reasons}; iclip explain shows each map"
+            names = " and ".join(args.texts[index] for index in covered)
+            entry["problem"] = f"{name}: other texts cover {names}; iclip explain shows each map"
         if picture is None:
             return entry
         dpi = resolution(picture)
@@ -98,22 +98,6 @@ def _segments(explanation, num_texts: int) -> tuple[list[dict], list[int], np.nd
             }
         )
     return segments, covered, label_map
-
-
-def _covering(explanation, text_index: int, label_map: np.ndarray) -> str:
-    """
-    Returns a sentence with the other texts that a label map has within the mask of a text, the largest part first:
-    those with a tenth of the mask or more, or else the one with the largest part.
-    """
-    import numpy as np
-
-    inside = label_map[explanation.mask(text_index).numpy()]
-    counts = np.bincount(inside[inside >= 0], minlength=len(explanation))
-    counts[text_index] = 0
-    least = min(counts.max(), inside.size / 10)
-    names = [explanation.labels[index] for index in np.argsort(-counts) if counts[index] >= least]
-    have = "has" if len(names) == 1 else "have"
-    return f"{' and '.join(names)} {have} most pixels of the mask of {explanation.labels[text_index]}"
 
 
 def _save_label_map(label_map: np.ndarray, num_texts: int, path: Path) -> Path:

@@ -17,7 +17,6 @@ from transformers import HfArgumentParser
 
 from ...data.layouts import DATASETS
 from ...hub.configs import config_folder, parse_options
-from ...model.configuration_iclip import ICLIPConfig
 from ...training.arguments import MAP_METRICS, RETRIEVAL_METRICS, ICLIPTrainingArguments, argument
 
 
@@ -114,19 +113,6 @@ class Arguments(NamedTuple):
 
 
 _DATACLASSES = (ModelArguments, DataArguments, EvaluationArguments, RunArguments)
-# What other trainers call arguments, and what to use here.
-_OTHER_NAMES = {
-    "batch_size": "per_device_train_batch_size, the pairs of each process",
-    "epochs": "num_train_epochs",
-    "warmup_epochs": "warmup_steps, which is a share of all steps if below 1",
-    "clip_grad_norm": "max_grad_norm",
-    "mixed_precision": "bf16 or fp16",
-    "num_workers": "dataloader_num_workers",
-    "log_steps": "logging_steps",
-    "checkpoint_steps": "save_steps",
-    "best_metric": "metric_for_best_model",
-    "resume_from_checkpoint": "resume, which takes the last checkpoint in output_dir",
-}
 
 
 def argument_parser(**kwargs) -> HfArgumentParser:
@@ -138,15 +124,6 @@ def argument_parser(**kwargs) -> HfArgumentParser:
         "data", nargs="*", action="extend", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data"
     )
     return parser
-
-
-def cure_of(name: str) -> str:
-    """Returns the end of an error about an unknown argument, which says what to use instead, or an empty text."""
-    if name in _OTHER_NAMES:
-        return f"; use {_OTHER_NAMES[name]}"
-    if name in ICLIPConfig.__annotations__:
-        return f"; an option of the model is set by --model_options {name}=VALUE"
-    return ""
 
 
 def read_arguments(given: Mapping) -> Arguments:
@@ -261,7 +238,7 @@ def read_train_yaml(file: Path) -> dict:
         raise ValueError(f"{file}: {error}") from error
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]
-        raise ValueError(f"{file}: {name!r:.100} is no argument{cure_of(name)}.")
+        raise ValueError(f"{file}: {name!r:.100} is no argument.")
     values = vars(parsed)
     if (nouns := file.parent / values.get("nouns", "")).is_file():
         values["nouns"] = str(nouns)

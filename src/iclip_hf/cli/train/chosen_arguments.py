@@ -14,7 +14,6 @@ from ...hub.configs import parse_options
 from ...training.arguments import best_metric, few_pairs
 from ...utils.cache import cache_folder
 from ...utils.errors import loading_errors
-from ...utils.hub_ids import public_name
 from .arguments import RUNS
 from .data import open_pairs
 
@@ -56,12 +55,10 @@ def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]
 def _stem(data: str) -> str:
     """
     Returns the name of a file or folder up to the first dot. A pattern and a hidden file get the name of their folder,
-    because `rm -r` on a run named `*` would delete all runs. So does a folder with the name of the user, because the
-    card has the name of the run.
+    because `rm -r` on a run named `*` would delete all runs.
     """
-    parts = [part for part in Path(os.path.abspath(data)).parts[1:] if public_name(part) == part]
-    stems = [part.partition(".")[0] for part in parts]
-    return next((stem for stem in reversed(stems) if stem and not set(stem) & set("*?[]{}")), "pairs")
+    stems = (part.partition(".")[0] for part in reversed(Path(os.path.abspath(data)).parts[1:]))
+    return next((stem for stem in stems if stem and not set(stem) & set("*?[]{}")), "pairs")
 
 
 def _locks_vision(values: Mapping) -> bool:

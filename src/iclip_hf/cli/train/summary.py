@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...data.formats.folders import CLASS_CAPTION
-from ...data.nouns import NounPrompts
 from ...data.pairs import PairDataset
-from ...hub.configs import EMBEDDED
 from ...training.arguments import MAP_METRICS, RETRIEVAL_METRICS
 from ...training.evaluation import MIN_PAIRS_FOR_INTERVAL
 
 
 _IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast")
-_PAIRS_FOR_LABELS = 1000  # the first ones, whose captions `common_labels` reads
 
 
 def summary(
@@ -50,8 +45,7 @@ def summary(
     else:
         chosen = f", the best by {metric}," if best_step is not None else ""
         lines.append(f"The trained model{chosen} is in {quoted}.")
-    labels = common_labels(held_out) if held_out is not None else []
-    lines.append(f"Next: iclip explain PHOTO --text {shlex.quote(', '.join(labels) or '...')} --model {quoted}")
+    lines.append(f"Next: iclip explain PHOTO --text ... --model {quoted}")
     return lines
 
 
@@ -88,19 +82,3 @@ def _change(evaluation: Mapping[str, float], name: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
-
-
-def common_labels(pairs: PairDataset) -> list[str]:
-    """
-    Returns the two most frequent labels of the first captions: classes if all captions are made from class
-    folders, otherwise nouns.
-    """
-    num_pairs = min(len(pairs), _PAIRS_FOR_LABELS)
-    captions = [caption for index in range(num_pairs) for caption in pairs.captions(index)]
-    start, end = CLASS_CAPTION.split("{}")
-    if all(caption.startswith(start) for caption in captions) and len(set(captions)) < len(captions):
-        labels = [caption.removeprefix(start).removesuffix(end) for caption in captions]
-    else:
-        nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")
-        labels = [nouns.nouns[index] for caption in captions for index in sorted(nouns.nouns_in(caption))]
-    return [label for label, _ in Counter(labels).most_common(2)]

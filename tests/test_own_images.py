@@ -69,9 +69,8 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
     held_out = -(-count // 10) if count >= 20 else 0  # rounded up
     assert training.learning_rate == 1e-5 > training.min_learning_rate
     batch = training.per_device_train_batch_size
-    steps = (count - held_out) // batch * training.num_train_epochs
-    assert 1 <= batch <= count - held_out and training.eval_steps == training.save_steps == -(-steps // 5)
-    assert abs(steps - FEW_PAIRS_STEPS) <= 100
+    assert 1 <= batch <= count - held_out and training.max_steps == FEW_PAIRS_STEPS
+    assert training.eval_steps == training.save_steps == FEW_PAIRS_STEPS / 5
     assert (model.model, training.output_dir, model.lock_text) == ("embedded", "runs/pairs", True)
     assert validation.validation_share == (0.1 if held_out else 0)
     assert training.eval_on_start == training.load_best_model_at_end == bool(held_out)
@@ -80,11 +79,9 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
 def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypatch):
     given = {"data": [str(write_table(tmp_path, 40))], "num_train_epochs": 3, "per_device_train_batch_size": 8}
     assert given.keys().isdisjoint(chosen_for(given))
-    del given["num_train_epochs"]
-    assert chosen_for(given)["num_train_epochs"] == round(FEW_PAIRS_STEPS / (36 // 8))  # 36 pairs are not held out
     monkeypatch.setenv("WORLD_SIZE", "8")
     of_eight = chosen_for({"data": given["data"]})  # of each process 35 // 8 pairs
-    assert (of_eight["per_device_train_batch_size"], of_eight["num_train_epochs"]) == (4, FEW_PAIRS_STEPS)
+    assert (of_eight["per_device_train_batch_size"], of_eight["max_steps"]) == (4, FEW_PAIRS_STEPS)
 
 
 def test_a_share_of_right_answers_needs_enough_held_out_pairs(tmp_path):

@@ -16,15 +16,14 @@ import torch
 from conftest import save, tiny_model
 from fault_inputs import written
 from processes import run_script
-from training_runs import assert_same_weights, evaluations, run, write_table
+from training_runs import assert_same_weights, evaluations, run
 
 from iclip_hf import ICLIPProcessor, explain
-from iclip_hf.cli.train import training
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import FeatureCache, ICLIPTrainer
 from iclip_hf.training.callbacks import Interrupts
-from iclip_hf.training.checkpoints import last_checkpoint
 from iclip_hf.training.kept_presence import KEPT_NOUNS, kept_presence
+from iclip_hf.training.trainer import last_checkpoint
 
 
 def test_the_last_checkpoint_is_a_complete_one(hub, tmp_path):
@@ -52,32 +51,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(hub, tmp
         run(hub, tmp_path / "other", "--resume")
 
 
-def test_two_runs_that_begin_at_once_do_not_share_a_folder(hub, tmp_path, monkeypatch):
-    """The second one begins while the first one opens its model or computes features."""
-    open_model, name = training._open_model, "iclip_hf.cli.train.training._open_model"
-
-    def open_late(settings):
-        monkeypatch.setattr(name, open_model)
-        run(hub, tmp_path, "--max_steps", 1)
-        return open_model(settings)
-
-    monkeypatch.setattr(name, open_late)
-    with pytest.raises(FileExistsError, match="another training has begun in this folder"):
-        run(hub, tmp_path, "--max_steps", 2)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-
-
 def test_a_run_that_fails_before_it_begins_leaves_its_folder_empty(hub, tmp_path):
     with pytest.raises(ValueError, match="lower it"):
         run(hub, tmp_path, "--per_device_train_batch_size", 1000)
     assert run(hub, tmp_path, "--max_steps", 1).state.global_step == 1
-
-
-@pytest.mark.parametrize("option", [("--model_options", "projection_dim=7"), ("--lock_text",)], ids=str)
-def test_a_run_is_resumed_with_its_own_options_alone(hub, tmp_path, option):
-    run(hub, tmp_path, "--max_steps", 2)
-    with pytest.raises(ValueError, match="checkpoint-2: this training had other arguments: repeat the same command"):
-        run(hub, tmp_path, "--max_steps", 3, "--resume", *option)
 
 
 def test_a_resumed_run_that_was_moved_keeps_its_best_checkpoint(hub, tmp_path):
@@ -91,39 +68,6 @@ def test_a_resumed_run_that_was_moved_keeps_its_best_checkpoint(hub, tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     run(hub, tmp_path / "moved", *options, "--num_train_epochs", 1, "--resume")
     assert_same_weights(tmp_path / "moved", tmp_path / "moved" / f"checkpoint-{best}")
-
-
-def test_a_run_is_not_resumed_with_other_held_out_pairs(hub, tmp_path):
-    """Pairs that were learned would be held out, and scores of other pairs compared."""
-    table = write_table(tmp_path / "data", 30)
-    options = ["--data", table, "--validation_share", 0.2, "--eval_steps", 1, "--pictures", 0]
-    run(hub, tmp_path / "run", *options, "--max_steps", 2)
-    run(hub, tmp_path / "run", *options, "--max_steps", 3, "--resume")
-    run(hub, tmp_path / "all", "--data", table, "--max_steps", 1)
-    for folder in ("run", "all"):
-        table.write_text("".join(table.read_text().splitlines(keepends=True)[:-3]))
-        with pytest.raises(ValueError, match="the held-out pairs are not those of the start of this training"):
-            run(hub, tmp_path / folder, *options, "--max_steps", 4, "--resume")
-    with pytest.raises(ValueError, match="the held-out pairs are not those of the start of this training"):
-        run(hub, tmp_path / "run", "--data", table, "--max_steps", 4, "--resume")
-
-
-def test_a_run_that_is_resumed_with_other_arguments_names_them(hub, tmp_path, caplog):
-    """The states of the optimizer and of the schedule would keep the earlier learning rate without a word."""
-    options = ["--max_steps", 2, "--weight_decay", 0.1]
-    run(hub, tmp_path / "run", *options)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    run(hub, tmp_path / "moved", *options, "--resume")
-    assert "at the start of this training" not in caplog.text
-    run(hub, tmp_path / "moved", "--max_steps", 3, "--resume", "--learning_rate", 0.5, "--random_erasing", 0)
-    was = "learning_rate was 0.00078125, max_steps was 2, random_erasing was 0.25, weight_decay was 0.1. With other"
-    assert f"at the start of this training, {was}" in caplog.text
-
-
-def test_a_checkpoint_of_weights_alone_resumes_with_a_warning(hub, tmp_path, caplog):
-    run(hub, tmp_path, "--max_steps", 2, "--save_only_model", True)
-    run(hub, tmp_path, "--max_steps", 3, "--save_only_model", True, "--resume")
-    assert "checkpoint-2 has no state of the optimizer" in caplog.text
 
 
 # `iclip train` with a hook before each forward pass, the `calls`th one
@@ -223,14 +167,10 @@ WORKERS = ["--dataloader_num_workers", 1, "--dataloader_persistent_workers", Tru
 WORKERS += ["--dataloader_prefetch_factor", 2, "--dataloader_multiprocessing_context", "fork"]
 # Options of a run, and the forward pass that is interrupted: in the second epoch, or with an evaluation of the first
 RESUMED = {
-    "accumulation": (["--gradient_accumulation_steps", 4, "--per_device_train_batch_size", 4], 18),
     "stream": (["--data", "org/pairs", "--pairs_per_epoch", 64, "--dataloader_num_workers", 1], 5),
     "cached features": (["--cache_features", "cache", "--lock_text", *WORKERS], 5),
     "kept presence": (["--model", "start", "--lock_text", "--keep_presence", 1], 5),
-    "bfloat16": (["--bf16", True, "--use_cpu", True], 5),
-    "evaluation by epoch": (["--validation_data", "held_out.tar", "--eval_strategy", "epoch"], 2),
     "evaluation by epoch, at the end": (["--validation_data", "held_out.tar", "--eval_strategy", "epoch"], 6),
-    "save the best": (["--validation_data", "held_out.tar", "--save_strategy", "best", "--eval_steps", 1], 3),
 }
 
 
@@ -255,25 +195,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, m
     assert (
         evaluations(resumed) == evaluations(whole) and resumed.state.best_global_step == whole.state.best_global_step
     )
-
-
-def test_a_run_that_is_killed_in_the_evaluation_after_a_signal_does_not_lose_it(hub, tmp_path, monkeypatch):
-    """The signal comes with the last step of an epoch, which the uninterrupted run evaluates."""
-    arguments = ["--validation_data", hub / "held_out.tar", "--eval_strategy", "epoch", "--save_strategy", "epoch"]
-    arguments += ["--pictures", 0, "--learning_rate", 0.01]
-    whole = run(hub, tmp_path / "whole", *arguments)
-
-    def killed(*args, **options):
-        raise SystemExit("killed")
-
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        patch.setattr(ICLIPTrainer, "evaluation_loop", killed)
-        with pytest.raises(SystemExit, match="killed"):
-            run(hub, tmp_path / "run", *arguments)
-    resumed = run(hub, tmp_path / "run", *arguments, "--resume")
-    assert evaluations(resumed) == evaluations(whole)
-    assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_training_that_ended_within_an_epoch_takes_no_further_step(hub, tmp_path):
@@ -399,6 +320,7 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     assert_same_weights(tmp_path / "two", tmp_path / "one", atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(hub, tmp_path):
     stop = "if calls == 3 and torch.distributed.get_rank() == 1: os.kill(os.getpid(), signal.SIGTERM)"
     arguments = ["--max_steps", 5, "--lock_text"]
@@ -410,7 +332,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(hub, tmp_path):
     stopped = subprocess.run([sys.executable, *map(str, command)], **options)
     checkpoint = tmp_path / "two" / "checkpoint-3"
     said = f"iclip train: interrupted; resume from {checkpoint}"
-    assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]
+    assert stopped.returncode == 1 and said in stopped.stderr, stopped.stderr[-3000:]
     run(hub, tmp_path / "two", *arguments, "--resume")  # in one process
     run(hub, tmp_path / "one", *arguments)
     assert_same_weights(tmp_path / "two", tmp_path / "one", atol=1e-5, rtol=1e-4)

@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from ..utils.prefetch import spare_processors
 
 
+# File with the metrics of the held-out pairs by the model at the start of a training.
+START_FILE = "start.json"
 RETRIEVAL_METRICS = ("loss", "text_to_image", "image_to_text")  # measured on held-out pairs
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")  # measured on a segmentation data set
 # Arguments for few pairs. With ten times this learning rate, the embedded model gets worse in retrieval, on 50 and on
@@ -81,24 +83,23 @@ class ICLIPTrainingArguments(TrainingArguments):
 def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:
     """
     Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on `num_pairs` pairs:
-    200 steps with a low learning rate. If `num_held_out` pairs are held out, they are evaluated at the start and after
-    each fifth of the steps. Arguments that are `given` stay, and the others are derived from them. A batch has no
-    more pairs than [`CachedPairs`] keeps if `max_bad_share` of the pairs are bad.
+    200 steps, or an epoch if that is more, with a low learning rate. If `num_held_out` pairs are held out, they are
+    evaluated at the start and after each fifth of the steps. Arguments that are `given` stay, and the others are
+    derived from them. A batch has no more pairs than [`CachedPairs`] keeps if `max_bad_share` of the pairs are bad.
 
     ```python
     >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))
     ```
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
     num_usable = num_pairs - int(max_bad_share * num_pairs)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     batch_size = given.get("per_device_train_batch_size", max(min(num_usable, 256) // processes, 1))
-    num_batches = num_pairs // max(batch_size * processes, 1)  # a batch of 0 is refused later
-    steps_per_epoch = max(math.ceil(num_batches / max(given.get("gradient_accumulation_steps", 1), 1)), 1)
-    epochs = given.get("num_train_epochs", max(1, round(FEW_PAIRS_STEPS / steps_per_epoch)))
-    has_max_steps = given.get("max_steps", 0) > 0
-    steps = given["max_steps"] if has_max_steps else math.ceil(epochs * steps_per_epoch)
+    steps = given.get(
+        "max_steps", max(FEW_PAIRS_STEPS, num_usable // max(batch_size * processes, 1))
+    )  # 0 is refused later
     chosen = {
         "per_device_train_batch_size": batch_size,
+        "max_steps": steps,
         "learning_rate": FEW_PAIRS_RATE,
         "warmup_learning_rate": 0.0,
         "min_learning_rate": 0.0,
@@ -110,8 +111,8 @@ def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0,
         "logging_steps": math.ceil(steps / 10),
         "dataloader_num_workers": min(num_pairs // 250, 4, spare_processors()),
     }
-    if not has_max_steps:
-        chosen["num_train_epochs"] = epochs
+    if "num_train_epochs" in given:
+        chosen |= {"max_steps": -1, "eval_steps": 0.2, "save_steps": 0.2, "logging_steps": 0.1}
     if num_held_out:
         chosen |= {"eval_strategy": "steps", "eval_on_start": True, "load_best_model_at_end": True}
         chosen["metric_for_best_model"] = best_metric(num_held_out)

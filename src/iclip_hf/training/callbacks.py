@@ -28,7 +28,7 @@ with require_extra("train"):
 from ..data.wrappers import leaf_of, leaves
 from ..model.modeling_iclip import ICLIPModel
 from ..utils.files import atomic_write
-from .arguments import ICLIPTrainingArguments, training_recipe
+from .arguments import START_FILE, ICLIPTrainingArguments
 from .collator import seed_everything
 from .datasets import CachedPairs, StreamedPairs, are_pairs
 from .evaluation import change_interval, plot_examples, regressed_metrics
@@ -38,8 +38,6 @@ from .kept_presence import kept_presence
 logger = logging.getLogger(__name__)
 
 FEW_STEPS = 50  # a training with fewer steps gets a warning
-# File with the arguments of a training, digests of its held-out pairs, and their metrics by the model at the start.
-START_FILE = "start.json"
 
 
 class Checks(TrainerCallback):
@@ -160,7 +158,6 @@ class Start(TrainerCallback):
     The start of a training. Later evaluations are compared with it.
 
     Attributes:
-        held_out_digests (`list[str]`): a digest of the captions of each held-out set.
         metrics (`dict`): for each held-out set, by the prefix of its metrics and a digest of its caption ids, its
             metrics at the start: for each, the values of all pairs.
         regressed (`dict`): for each held-out set, by this key, the metrics that got worse in the last evaluation.
@@ -169,7 +166,7 @@ class Start(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.held_out_digests, self.metrics, self.regressed = trainer, [], {}, {}
+        self.trainer, self.metrics, self.regressed = trainer, {}, {}
         self.presence_loss, self._weights, self.is_stored = None, {}, False
 
     def store(self) -> None:
@@ -212,22 +209,13 @@ class Start(TrainerCallback):
         if args.eval_strategy != "no":
             for pairs in held_out_sets:
                 self.trainer.get_eval_dataloader(pairs)  # raises for an empty set, before the first step
-        held_out_digests = [_captions_digest(pairs) for pairs in held_out_sets if are_pairs(pairs)]
         self.regressed = {}
         if not state.global_step:
-            self.metrics, self.held_out_digests = {}, held_out_digests
+            self.metrics = {}
             self._write()
             self.store()
         elif file.is_file():
-            start = json.loads(file.read_text())
-            self.held_out_digests, self.metrics = start["held_out"], start["scores"]
-            if self.held_out_digests != held_out_digests:
-                raise ValueError(
-                    f"{args.output_dir}: the held-out pairs are not those of the start of this training; restore the "
-                    "data, or name another output_dir."
-                )
-            if settings := start.get("settings"):  # the file of an earlier version has none
-                self._warn_of_other_settings(args, settings)
+            self.metrics = json.loads(file.read_text())["scores"]
         # The state of a moved checkpoint names its earlier path. The base class forgets a path that does not exist.
         best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if best.is_dir():
@@ -244,37 +232,10 @@ class Start(TrainerCallback):
             if not self.trainer.interrupts.stopped:
                 logger.warning("No evaluation was better than the start, so the model is that of the start again.")
 
-    def _settings(self) -> dict:
-        """Returns the arguments that the model depends on, as its card has them, in the types of JSON."""
-        trainer = self.trainer
-        settings = trainer.card.get("training") or training_recipe(trainer.args, trainer.accelerator.num_processes)
-        return json.loads(json.dumps(settings, default=str))
-
-    def _warn_of_other_settings(self, args: ICLIPTrainingArguments, settings: Mapping) -> None:
-        """Logs which arguments of a resumed training differ from those of its start."""
-        now = self._settings()
-        differing = sorted(name for name in {*settings, *now} if settings.get(name) != now.get(name))
-        if differing and self.trainer.is_world_process_zero():
-            # The states of optimizer and schedule keep some of the earlier values, such as the learning rate.
-            logger.warning(
-                "%s: at the start of this training, %s. With other arguments, the result may be that of neither; "
-                "repeat the same command, or name another output_dir.",
-                args.output_dir,
-                ", ".join(f"{name} was {settings.get(name, 'not given')}" for name in differing),
-            )
-
     def _write(self) -> None:
         if self.trainer.is_world_process_zero():
-            start = {"held_out": self.held_out_digests, "scores": self.metrics, "settings": self._settings()}
             with atomic_write(Path(self.trainer.args.output_dir, START_FILE)) as partial:
-                partial.write_text(json.dumps(start))
-
-
-def _captions_digest(pairs: Dataset) -> str:
-    """Returns a digest of the captions of pairs. Paths do not count, because the data may have moved."""
-    items = (leaf_of(pairs, index) for index in range(len(pairs)))
-    captions = [leaf.captions(index) for leaf, index in items]
-    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
+                partial.write_text(json.dumps({"scores": self.metrics}))
 
 
 class Pictures(TrainerCallback):

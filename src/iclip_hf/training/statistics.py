@@ -18,7 +18,6 @@ from ..data.pairs import PairDataset
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, partial_state
-from .checkpoints import checkpoint_errors
 
 
 _IMAGES = 1024  # statistics are computed from this number of images, or up to twice as many, evenly spread
@@ -85,8 +84,7 @@ def load_statistics(model: ICLIPModel, checkpoint: str) -> None:
     with safe_open(Path(checkpoint, SAFE_WEIGHTS_NAME), framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(("feature_reduction.", "token_mean"))]
         statistics = {name: file.get_tensor(name) for name in names}
-    with checkpoint_errors(checkpoint, RuntimeError):
-        model.load_state_dict(statistics, strict=False)
+    model.load_state_dict(statistics, strict=False)
 
 
 def _sample(pairs: Iterable[Mapping]) -> Iterable[Mapping]:

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from inspect import signature
 from operator import itemgetter
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 
 from ..utils.extras import require_extra
 
@@ -40,7 +42,6 @@ from ..utils.hub_ids import folder_name
 from ..utils.saved_configs import clean_configs
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, training_recipe
 from .callbacks import Checks, EpochsAndSeeds, Interrupts, LogitScaleLimit, Pictures, Start
-from .checkpoints import checkpoint_errors, last_checkpoint
 from .collator import PairCollator
 from .datasets import NumberedRows, StreamedPairs
 from .evaluation import content_ids, retrieval_metrics
@@ -139,17 +140,6 @@ class ICLIPTrainer(Trainer):
         collator = data_collator or PairCollator(processing_class)
         super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, *arguments, **kwargs)
         vars(self.model.config).pop("use_cache", None)  # the base class sets this option of language models
-        unfit = {
-            "remove_unused_columns": args.remove_unused_columns and isinstance(self.data_collator, PairCollator),
-            "batch_eval_metrics": args.batch_eval_metrics,
-            "include_for_metrics": "loss" in args.include_for_metrics,
-            "eval_do_concat_batches": not args.eval_do_concat_batches,
-            "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
-        }
-        if names := ", ".join(name for name, is_set in unfit.items() if is_set):
-            raise ValueError(
-                f"{names}: the collator reads all columns, and metrics need the vectors of all pairs; leave it out."
-            )
         self.interrupts, self.start = Interrupts(), Start(self)
         for callback in (Checks, EpochsAndSeeds, LogitScaleLimit, self.start, Pictures, self.interrupts):
             self.add_callback(callback)
@@ -190,18 +180,7 @@ class ICLIPTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Like the base class. First stores what is needed of the start, whose weights the checkpoint replaces."""
         self.start.store()
-        with checkpoint_errors(resume_from_checkpoint, RuntimeError):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        if not any(Path(checkpoint).glob("optimizer*")):
-            logger.warning(
-                "%s has no state of the optimizer (save_only_model): the result is not that of a training without the "
-                "interruption.",
-                checkpoint,
-            )
-        with checkpoint_errors(checkpoint, ValueError):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def get_train_dataloader(self) -> DataLoader:
         """Like the base class. A stream is split over the processes already."""
@@ -285,7 +264,8 @@ class ICLIPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Like the base class. Adds the losses of both branches in the last step, and their logit scales."""
         if "loss" in logs:
-            logs |= zip(("recognition_loss", "map_loss"), map(float, self._last_losses))
+            names = ("recognition_loss", "map_loss")
+            logs |= {name: float(loss) for name, loss in zip(names, self._last_losses)}
             branches = (self.model.recognition, self.model.interpretability)
             names = ("logit_scale", "map_logit_scale")
             logs |= {name: branch.logit_scale.exp().item() for name, branch in zip(names, branches) if branch}
@@ -438,6 +418,18 @@ class ICLIPTrainer(Trainer):
 
     def create_model_card(self, *arguments, **kwargs) -> None:
         """Does nothing: `save_model` writes the card, by the argument `card` of the constructor."""
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """
+    Returns the last complete checkpoint in a folder; None if there is none. A checkpoint is complete if its state can
+    be read, which is written last: a killed training may leave a part.
+    """
+    complete = {}
+    for file in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
+        with suppress(ValueError):
+            complete[json.loads(file.read_text())["global_step"]] = str(file.parent)
+    return complete[max(complete)] if complete else None
 
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ...backends import check_model_name
-from ...training.arguments import ICLIPTrainingArguments
+from ...training.arguments import START_FILE, ICLIPTrainingArguments
 from ...utils.files import check_new_folder, check_outside
 from .arguments import Arguments, argument_parser, read_arguments, resolve_arguments
 from .chosen_arguments import few_pairs_arguments
@@ -52,21 +51,10 @@ def check_output_dir(arguments: Arguments) -> None:
     if model.model:
         check_model_name(model.model, ("iclip",))
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names and not (arguments.training.resume and _is_training(folder, names)):
+    if names and not (arguments.training.resume and START_FILE in names):
         raise FileExistsError(
             f"{folder}: this folder holds files already; name another by --output_dir, or add --resume to continue a "
             "training from its last checkpoint."
         )
     if not names:
         check_new_folder(folder)  # refuses the name of the embedded model
-
-
-def _is_training(folder: Path, names: set[str]) -> bool:
-    """Whether a folder with these names belongs to a training of ICLIP, which may have no checkpoint yet."""
-    from ...training.callbacks import START_FILE  # imports torch
-    from ...training.checkpoints import last_checkpoint
-
-    if (last := last_checkpoint(folder)) is None:
-        beginnings = (START_FILE, "pictures", "evaluations", "runs", "checkpoint-")
-        return all(name.startswith(beginnings) or name.endswith(".partial") for name in names)
-    return json.loads(Path(last, "config.json").read_text()).get("model_type") == "iclip"

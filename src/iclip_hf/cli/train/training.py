@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,13 +17,11 @@ from ...hub.folders import join_towers, options_of_model
 from ...model.modeling_iclip import ICLIPModel
 from ...model.processing_iclip import ICLIPProcessor
 from ...training.arguments import training_recipe
-from ...training.callbacks import START_FILE
-from ...training.checkpoints import last_checkpoint
 from ...training.collator import PairCollator, augmentation
 from ...training.datasets import CachedPairs, StreamedPairs
 from ...training.features import FeatureCache
 from ...training.statistics import load_statistics, set_statistics
-from ...training.trainer import ICLIPTrainer
+from ...training.trainer import ICLIPTrainer, last_checkpoint
 from ...utils.hub_ids import public_name
 from .arguments import Arguments, ModelArguments
 from .data import Data, open_data
@@ -56,13 +52,11 @@ def train(
         load_statistics(model, checkpoint)
     set_statistics(model, processor, data.pairs)
     trainer = _make_trainer(arguments, data, model, processor)
-    claims = trainer.is_world_process_zero() and not args.resume
     try:
-        with _claimed(Path(args.output_dir)) if claims else nullcontext():
-            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
-    _save(trainer)
+    trainer.save_model()
     if trainer.is_world_process_zero():
         state, folder = trainer.state, Path(args.output_dir)
         best_step = state.best_global_step if args.load_best_model_at_end else None
@@ -129,44 +123,6 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
         return ICLIPTrainer(model, args, collator, pairs, held_out, processor, map_dataset=data.map_dataset, card=card)
     except RuntimeError as error:  # a package of `report_to` is not installed
         raise ImportError(str(error)) from error
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """
-    Creates the first file of a training, and deletes it after an error before the training has begun. Raises
-    `FileExistsError` if another training has begun in the folder since it was checked, such as while features were
-    computed.
-    """
-    file = folder / START_FILE
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        file.touch(exist_ok=False)
-    except FileExistsError as error:
-        raise FileExistsError(
-            f"{folder}: another training has begun in this folder meanwhile; name another by --output_dir."
-        ) from error
-    try:
-        yield
-    except BaseException:
-        if not file.stat().st_size:
-            file.unlink()
-        raise
-
-
-def _save(trainer: ICLIPTrainer) -> None:
-    """
-    Saves the trained model. If its folder cannot be written, for example on a full disk, and no checkpoint has the
-    weights, saves it in a temporary folder and raises the error.
-    """
-    try:
-        trainer.save_model()
-    except OSError as error:
-        if trainer.args.save_strategy != "no":
-            raise
-        folder = tempfile.mkdtemp(prefix="iclip-")
-        trainer.save_model(folder)
-        raise OSError(f"{error} The trained model is in {folder}.") from error
 
 
 # Cached features are of whole images, without augmentation.

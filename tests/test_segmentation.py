@@ -188,11 +188,11 @@ def test_coco_files_of_other_programs(tmp_path, subfolder):
     np.testing.assert_array_equal(sample.mask(2), 2 * CAT)
 
 
-def test_boxes_among_masks_are_counted_in_a_warning(tmp_path, caplog):
+def test_boxes_among_masks_have_no_pixels(tmp_path):
     annotations = [{"category_id": 1, "segmentation": mask} for mask in (plain_runs(DOG), [])] + [{"category_id": 1}]
     (sample,) = load_segmentation("coco2017", write_coco(tmp_path, annotations))
     assert ((sample.mask(sample.class_ids[0]) > 0) == (DOG > 0)).all()
-    assert "instances_val2017.json: 2 of 3 annotations have no mask" in caplog.text
+    assert sample.class_ids == (1,)
 
 
 # Instances of one image: label, whether it is a crowd, whether its run lengths are compressed, and its mask
@@ -213,7 +213,7 @@ def test_coco_union_equals_a_pixel_loop(instances):
         Instance(label, crowd, (compressed_runs if pack else plain_runs)(mask))
         for label, crowd, pack, mask in instances
     ]
-    sample = InstancesSample("x", None, 3, size, annotated, None)
+    sample = InstancesSample("x", None, 3, size, annotated)
     for label in (1, 2, 3):
         expected = np.zeros(size, int)
         for row, column in np.ndindex(size):
@@ -227,9 +227,7 @@ def test_coco_union_equals_a_pixel_loop(instances):
 
 def test_a_split_without_a_file_names_the_others(tmp_path):
     write_coco(tmp_path, [])
-    with pytest.raises(
-        FileNotFoundError, match=r"name another split \(--split, or --eval_split of a training\): val2017.$"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json: .* val2017\.$"):
         load_segmentation("coco2017", tmp_path, "train2017")
 
 

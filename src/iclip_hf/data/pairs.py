@@ -25,12 +25,11 @@ from ..model.images import load_image
 from ..utils.cache import cache_folder, keep_in_cache
 from ..utils.digests import LARGE
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
-from .bad_pairs import BadPairError, BadPairTally
 from .columns import Columns, PairTexts, sample_caption
-from .epochs import Epochs
 from .formats import is_hub_dataset, open_sources
 from .formats.arrow import open_hub_dataset
 from .formats.source import Source
+from .items import BadPairError, BadPairTally, Epochs
 
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 from torch.utils.data import IterableDataset
 
 from ..model.images import load_image
-from .bad_pairs import BadPairError, BadPairTally
 from .columns import LABEL_COLUMNS, USUAL_COLUMNS, Columns, PairTexts, sample_caption
-from .epochs import Epochs
 from .formats.arrow import text_columns
+from .items import BadPairError, BadPairTally, Epochs
 
 
 if TYPE_CHECKING:

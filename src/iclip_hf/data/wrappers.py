@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from .epochs import Epochs
+from .items import Epochs
 
 
 def leaves(data) -> list:

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from ..data.columns import PairTexts
-from ..data.epochs import Epochs
 from ..data.formats.source import PackedRows
+from ..data.items import Epochs
 from ..data.nouns import ImageNouns
 from ..data.pairs import BadPairError, PairDataset
 from ..data.streams import PairStream

@@ -28,7 +28,7 @@ with require_extra("train"):
     from accelerate.data_loader import prepare_data_loader
 
 from ..backends.identity import changed_model
-from ..data.epochs import Epochs
+from ..data.items import Epochs
 from ..data.segmentation import SegmentationDataset
 from ..data.wrappers import at_first_epoch
 from ..evaluation.evaluate import evaluate_model

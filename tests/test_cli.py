@@ -354,7 +354,7 @@ def test_options_of_the_command_are_parameters_of_metrics():
     from iclip_hf.evaluation.metrics import METRICS, OPTIONS, make_metrics
 
     parameters = {name for metric in make_metrics([*METRICS]) for name in signature(type(metric)).parameters}
-    assert OPTIONS.keys() == parameters - {"ignore_index", "stuff", "like", "groups"}  # which the data set says
+    assert OPTIONS.keys() == parameters - {"ignore_index", "stuff", "like"}  # which the data set says
 
 
 def test_limits_of_numbers_are_allowed():

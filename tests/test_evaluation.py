@@ -123,7 +123,7 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(dataset, tiny_proc
 def test_presence_in_loops_over_pairs_and_with_scikit_learn(dataset, tiny_processor, supercategories):
     """In prompts of the caller's. Of three classes, the nearest tenth is one."""
     model = load((tiny_model(seed=1, logit_bias_init_value=0.0), tiny_processor))
-    dataset.supercategories, dataset.stuff, templates = supercategories, (2,), ["the dog {}"]
+    dataset.supercategories, templates = supercategories, ["the dog {}"]
     texts = model.encode_texts(NAMES, templates)
     cosines = (texts.text_embeds @ texts.text_embeds.T).tolist()
     pairs = []  # presence, whether the image shows the class, whether the class is like one that it shows, class
@@ -148,13 +148,11 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(dataset, tiny_proces
         values, truth, *_ = zip(*shown, *negatives)
         assert measured[name] == pytest.approx(roc_auc_score(truth, values))
     groups = {"kept": shown, "passed": absent, "passed_hard": hard}
-    groups |= {"kept_stuff": [pair for pair in shown if pair[3] == 2], "kept_things": [p for p in shown if p[3] != 2]}
     for name, group in groups.items():
         assert 0 < len(group) < len(pairs)
         assert measured[name] == pytest.approx(100 * np.mean([value >= MIN_PRESENCE for value, *_ in group]))
     assert 0 < len(hard) < len(absent) and measured["kept"] != measured["passed"]
     counts = {"shown": shown, "absent": absent, "absent_hard": hard}
-    counts |= {f"shown_{kind}": groups[f"kept_{kind}"] for kind in ("stuff", "things")}
     assert measured["pairs"] == {name: len(group) for name, group in counts.items()}
     line = next(line for line in result.table().splitlines() if "passed, of those" in line)
     assert [cell.strip() for cell in line.split("|")][-3:-1] == ["", str(len(hard))]

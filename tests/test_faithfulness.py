@@ -18,9 +18,14 @@ from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.functional import pointing_shares
 from iclip_hf.evaluation.metrics import ClassMeans, DeletionInsertion, MaxSensitivity, PointingGame, Randomization
-from iclip_hf.evaluation.metrics.deletion_insertion import area_under, deletion_insertion, scorer
-from iclip_hf.evaluation.metrics.max_sensitivity import max_sensitivity
-from iclip_hf.evaluation.metrics.randomization import LayerRandomization, rank_correlation
+from iclip_hf.evaluation.metrics.faithfulness import (
+    LayerRandomization,
+    area_under,
+    deletion_insertion,
+    max_sensitivity,
+    rank_correlation,
+    scorer,
+)
 from iclip_hf.explainers import make_explainer
 from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize

@@ -26,7 +26,7 @@ from iclip_hf.evaluation.metrics import (
     TextContrast,
     make_metrics,
 )
-from iclip_hf.evaluation.metrics.recognition import class_groups, like_classes
+from iclip_hf.evaluation.metrics.recognition import like_classes
 from iclip_hf.model.similarity import resize_and_normalize
 
 
@@ -528,11 +528,9 @@ def test_a_metric_without_data_computes(name):
 
 
 def test_presence_without_data_is_none():
-    for metric in (Presence(), Presence(like=np.eye(3, dtype=bool), stuff=[1])):
+    for metric in (Presence(), Presence(like=np.eye(3, dtype=bool))):
         scores = metric.compute()
-        assert (scores.pop("min_presence"), scores.pop("groups")) == (0.5, {}) and not any(
-            scores.pop("pairs").values()
-        )
+        assert scores.pop("min_presence") == 0.5 and not any(scores.pop("pairs").values())
         assert set(scores.values()) == {None}
 
 
@@ -553,36 +551,18 @@ def above(values, others):
     return np.mean([(value > other) + (value == other) / 2 for value in values for other in others])
 
 
-def test_presence_of_each_class_without_the_image_and_of_groups_in_loops():
+def test_presence_of_each_class_in_loops():
     draws = np.random.default_rng(0)
     values, shown = draws.random((7, 5)), draws.random((7, 5)) < 0.4
     shown[:, 0], shown[:, 1] = True, False  # classes without an AUC of their own
-    groups = {"stuff": [1, 3], "things": [2, 4, 5]}
-    metric = Presence(stuff=[1, 3], groups=groups)
+    metric = Presence()
     for row in range(7):
         metric.update(values[[row]], shown[[row]])
     found = metric.compute()
     assert found["auc_hard"] is found["passed_hard"] is None  # it is not known which classes are alike
-    of_class = {k + 1: above(values[shown[:, k], k], values[~shown[:, k], k]) for k in (2, 3, 4)}
-    assert found["auc_of_classes"] == pytest.approx(np.mean(list(of_class.values())))
-    means = np.log(values / (1 - values)).mean(0)
-    pairs = [[means[k] for row in range(7) for k in range(5) if shown[row, k] == which] for which in (True, False)]
-    assert found["auc_without_image"] == pytest.approx(above(*pairs)) and found["auc_without_image"] != found["auc"]
-    for name, labels in groups.items():
-        group, columns = found["groups"][name], [label - 1 for label in labels]
-        inside, absent = values[:, columns][shown[:, columns]], values[:, columns][~shown[:, columns]]
-        assert group["auc"] == pytest.approx(above(inside, absent))
-        assert group["auc_of_classes"] == pytest.approx(np.mean([of_class[k] for k in labels if k in of_class]))
-        shares = [100 * (pairs >= 0.5).mean() for pairs in (inside, absent)]
-        assert [group["kept"], group["passed"]] == pytest.approx(shares)
-    _, table, _ = metric.tables(found)
-    assert f"{found['groups']['stuff']['auc']:.3f}" in table.splitlines()[2]
-
-
-def test_groups_of_classes_of_a_data_set_with_stuff():
-    names = ["sky", "dog", "armchair", "car"]
-    expected = {"stuff": [1], "things that COCO names": [2, 4], "other things": [3]}
-    assert class_groups(names, [1]) == expected and class_groups(names, []) == {}
+    of_class = [above(values[shown[:, k], k], values[~shown[:, k], k]) for k in (2, 3, 4)]
+    assert found["auc_of_classes"] == pytest.approx(np.mean(of_class))
+    assert found["auc"] == pytest.approx(above(values[shown], values[~shown]))
 
 
 @pytest.mark.parametrize("shown", [0, 1])
@@ -591,7 +571,6 @@ def test_calibration_cannot_be_measured_where_the_prior_is_0_or_1(shown):
     metric.update(np.array([[1.0, 0.3], [0.0, 0.9]]), np.full((2, 2), shown))
     found = metric.compute()
     assert found["prior"] == shown and found["calibration_error"] is found["reliability"] is found["auc"] is None
-    assert found["kept_things"] is None  # no stuff is known
     (table,) = metric.tables(found)  # without the table of the bins
     assert ("passed" in table) != shown and "AUC" not in table  # without rows that cannot be measured
     metric.update(np.array([[1.0, 0.0]]), np.array([[1, 0]]))  # certain, at a prior between 0 and 1

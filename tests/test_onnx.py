@@ -14,7 +14,7 @@ from iclip_hf import ICLIPConfig, load
 from iclip_hf.backends import onnx as onnx_export
 from iclip_hf.backends.onnx import ONNXModel, export_onnx, trained_config
 from iclip_hf.evaluation.evaluate import evaluate_model
-from iclip_hf.evaluation.metrics.randomization import LayerRandomization
+from iclip_hf.evaluation.metrics.faithfulness import LayerRandomization
 from iclip_hf.explainers import METHODS, explainer_class, make_explainer
 
 

@@ -27,9 +27,9 @@ METRICS = {
     "presence": "recognition:Presence",
     "segmentation": "segmentation:Segmentation",
     "label_maps": "label_maps:LabelMaps",
-    "deletion_insertion": "deletion_insertion:DeletionInsertion",
-    "max_sensitivity": "max_sensitivity:MaxSensitivity",
-    "randomization": "randomization:Randomization",
+    "deletion_insertion": "faithfulness:DeletionInsertion",
+    "max_sensitivity": "faithfulness:MaxSensitivity",
+    "randomization": "faithfulness:Randomization",
     "pointing_game": "maps:PointingGame",
 }
 # The metrics of each task of `iclip evaluate`.

@@ -5,13 +5,12 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ...data.class_names import COCO_THINGS
 from ...model.presence import MIN_PRESENCE, at_prior, is_present
 from ...utils.extras import require_extra
 from ..functional import reliability, to_numpy
@@ -125,13 +124,11 @@ class _Row(NamedTuple):
 class Presence(MultiLabelAveragePrecision):
     """
     How well presence separates the classes that an image shows from the others. Presence does not depend on the
-    method. [`evaluate_model`] takes `like`, `stuff` and `groups` from the data set.
+    method. [`evaluate_model`] takes `like` from the data set.
 
     Args:
         like (`np.ndarray` of shape `(K, K)`, *optional*): whether class j is like class i, see [`like_classes`].
             Without `like`, `auc_hard` and `passed_hard` are None.
-        stuff: the ids of the classes of stuff, such as sky.
-        groups (`dict`): the name and the class ids of each group of classes that is also measured alone.
     """
 
     name = "presence"
@@ -140,14 +137,9 @@ class Presence(MultiLabelAveragePrecision):
     needs = frozenset({"presence"})
     ranked_by = "presence"
 
-    def __init__(
-        self,
-        like: np.ndarray | None = None,
-        stuff: Collection[int] = (),
-        groups: Mapping[str, Collection[int]] | None = None,
-    ):
+    def __init__(self, like: np.ndarray | None = None):
         super().__init__()
-        self.like, self.stuff, self.groups = like, stuff, groups or {}
+        self.like = like
 
     def prepare(self, run) -> None:
         if run.model.presence(torch.zeros(1, 1)) is None:
@@ -157,8 +149,6 @@ class Presence(MultiLabelAveragePrecision):
             )
         super().prepare(run)
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
-        self.stuff = run.dataset.stuff or ()
-        self.groups = class_groups(run.dataset.class_names, self.stuff)
 
     def compute(self) -> dict:
         """
@@ -168,17 +158,13 @@ class Presence(MultiLabelAveragePrecision):
         - **auc_hard** -- the same against absent classes that are like a shown one.
         - **auc_of_classes** -- mean over classes of the AUC of one class over the images. Classes that all images or
           none show are left out.
-        - **auc_without_image** -- AUC if each class has its mean logit on every image: what frequent classes
-          contribute to `auc`.
         - **min_presence** -- presence from which a class counts as present.
-        - **kept** -- share of the shown classes whose presence is at least `min_presence`, percent; **kept_things**
-          and **kept_stuff** are the shares of each kind.
+        - **kept** -- share of the shown classes whose presence is at least `min_presence`, percent.
         - **passed** -- share of the absent classes whose presence is at least `min_presence`, percent;
           **passed_hard** is the share of the absent classes that are like a shown one.
         - **map** -- mAP of images ranked by presence, percent.
-        - **pairs** -- numbers of image-class pairs: `shown`, `absent`, `shown_things`, `shown_stuff`, and
-          `absent_hard`, whose class is absent and like a shown one.
-        - **groups** -- `auc`, `auc_of_classes`, `kept`, `passed` and `pairs` of the classes of each group alone.
+        - **pairs** -- numbers of image-class pairs: `shown`, `absent`, and `absent_hard`, whose class is absent and
+          like a shown one.
         - **prior** -- share of image-class pairs whose class is shown.
         - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]): mean presence, share of
           image-class pairs whose class is shown, number of pairs; None if the prior is 0 or 1.
@@ -186,32 +172,24 @@ class Presence(MultiLabelAveragePrecision):
           number of pairs (expected calibration error), in [0, 1]; None if the prior is 0 or 1.
         """
         values, shown = self.state.joined()
-        class_ids = np.arange(shown.shape[1]) + 1
-        hard = np.zeros_like(shown) if self.like is None or not shown.size else (shown @ self.like) & ~shown
-        stuff = np.broadcast_to(np.isin(class_ids, list(self.stuff)), shown.shape)
-        clipped = values.clip(1e-12, 1 - 1e-12)  # so that logits are finite
-        logits = np.log(clipped) - np.log1p(-clipped)
-        without_image = np.broadcast_to(logits.mean(0) if len(logits) else 0.0, values.shape)
-
+        if self.like is None or not shown.size:
+            hard = np.zeros_like(shown)
+        else:  # absent, and like a class that is shown
+            hard = (shown @ self.like) & ~shown
+        varying = np.flatnonzero(shown.any(0) & ~shown.all(0))
+        class_aucs = [roc_auc_score(shown[:, column], values[:, column]) for column in varying]
         prior = float(shown.mean()) if shown.size else None
         bins, error = _calibration(values, shown, prior) if prior and prior < 1 else (None, None)
-        groups = {}
-        for name, group_ids in self.groups.items():
-            in_group = np.isin(class_ids, list(group_ids))
-            groups[name] = _separation(values[:, in_group], shown[:, in_group])
-        separation = _separation(values, shown)
-        kinds = {"shown_things": shown & ~stuff, "shown_stuff": shown & stuff, "absent_hard": hard}
-        separation["pairs"].update((name, int(pairs.sum())) for name, pairs in kinds.items())
         return {
             "min_presence": MIN_PRESENCE,
-            **separation,
+            "auc": _auc(values, shown, ~shown),
             "auc_hard": _auc(values, shown, hard),
-            "auc_without_image": _auc(without_image, shown, ~shown),
-            "kept_things": _share_present(values[shown & ~stuff]) if self.stuff else None,
-            "kept_stuff": _share_present(values[shown & stuff]),
+            "auc_of_classes": none_if_nan(mean(class_aucs)),
+            "kept": _share_present(values[shown]),
+            "passed": _share_present(values[~shown]),
             "passed_hard": _share_present(values[hard]),
             "map": none_if_nan(super().compute()["map"]),
-            "groups": groups,
+            "pairs": {"shown": int(shown.sum()), "absent": int((~shown).sum()), "absent_hard": int(hard.sum())},
             "prior": prior,
             "calibration_error": error,
             "reliability": bins,
@@ -228,10 +206,7 @@ class Presence(MultiLabelAveragePrecision):
             "auc": _Row("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3),
             "auc_hard": _Row("AUC against absent classes that resemble a shown one", 3, absent="absent_hard"),
             "auc_of_classes": _Row("AUC of each class over the images, mean over the classes", 3),
-            "auc_without_image": _Row("AUC without the image: if each class had its mean logit on every image", 3),
             "kept": _Row(f"kept: shown classes with a presence of at least {min_presence}, %", 1, absent=None),
-            "kept_things": _Row("kept things, %", 1, "shown_things", None),
-            "kept_stuff": _Row("kept stuff, %", 1, "shown_stuff", None),
             "passed": _Row(f"passed: absent classes with a presence of at least {min_presence}, %", 1, shown=None),
             "passed_hard": _Row(
                 "passed, of those that resemble a shown class, %", 1, shown=None, absent="absent_hard"
@@ -251,16 +226,7 @@ class Presence(MultiLabelAveragePrecision):
             for name, row in table.items()
             if scores[name] is not None
         ]
-        headings_of_pairs = ["shown pairs", "absent pairs"]
-        tables = [markdown(["presence of the classes in the images", "", *headings_of_pairs], rows)]
-        if scores["groups"]:
-            decimals = {"auc": 3, "auc_of_classes": 3, "kept": 1, "passed": 1}
-            rows = []
-            for group, separation in scores["groups"].items():
-                cells = [cell(separation[name], decimals[name]) for name in decimals]
-                rows.append([group, *cells, *(str(separation["pairs"][kind]) for kind in ("shown", "absent"))])
-            headings = ["presence of", "AUC", "AUC of each class", "kept %", "passed %", *headings_of_pairs]
-            tables.append(markdown(headings, rows))
+        tables = [markdown(["presence of the classes in the images", "", "shown pairs", "absent pairs"], rows)]
         if bins := scores["reliability"]:
             rows = [
                 [
@@ -289,19 +255,6 @@ def _share_present(values: np.ndarray) -> float | None:
     return 100 * float(is_present(values).mean()) if len(values) else None
 
 
-def _separation(values: np.ndarray, shown: np.ndarray) -> dict:
-    """Returns the scores that [`Presence`] also has for groups of classes, from presence and `shown`, `(B, K)`."""
-    varying = np.flatnonzero(shown.any(0) & ~shown.all(0))
-    class_aucs = [roc_auc_score(shown[:, column], values[:, column]) for column in varying]
-    return {
-        "auc": _auc(values, shown, ~shown),
-        "auc_of_classes": none_if_nan(mean(class_aucs)),
-        "kept": _share_present(values[shown]),
-        "passed": _share_present(values[~shown]),
-        "pairs": {"shown": int(shown.sum()), "absent": int((~shown).sum())},
-    }
-
-
 def _calibration(values: np.ndarray, shown: np.ndarray, prior: float) -> tuple[list[dict], float]:
     """Returns `reliability` and `calibration_error` of [`Presence`] from presence and `shown`, `(B, K)`."""
     bins = reliability(at_prior(values, prior).ravel(), shown.ravel())
@@ -312,23 +265,6 @@ def _calibration(values: np.ndarray, shown: np.ndarray, prior: float) -> tuple[l
         for mean_presence, share, items in zip(bins["mean"], bins["shown"], bins["items"])
     ]
     return rows, error
-
-
-def class_groups(class_names: Sequence[str], stuff: Collection[int]) -> dict[str, list[int]]:
-    """
-    Groups the class ids 1, ..., K into stuff, things that COCO names, and other things. Empty groups are left out.
-    Without stuff there are no groups.
-    """
-    if not stuff:
-        return {}
-    groups: dict[str, list[int]] = {"stuff": [], "things that COCO names": [], "other things": []}
-    for class_id, name in enumerate(class_names, 1):
-        if class_id in stuff:
-            group = "stuff"
-        else:
-            group = "things that COCO names" if name in COCO_THINGS else "other things"
-        groups[group].append(class_id)
-    return {group: class_ids for group, class_ids in groups.items() if class_ids}
 
 
 def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tensor) -> np.ndarray:

@@ -8,21 +8,23 @@ from processes import run_script
 from torch.nn import functional as F
 from training_runs import eight_pairs, terms
 
-from iclip_hf.model.losses import (
-    BatchNouns,
+from iclip_hf.model.loss_terms import (
     caption_loss,
     class_presence_loss,
+    known_competition_loss,
+    shares_by_place,
+    sigmoid_noun_loss,
+)
+from iclip_hf.model.losses import (
+    BatchNouns,
     competition_loss,
     contrastive_loss,
     count_per_process,
     distillation_loss,
-    known_competition_loss,
     multi_positive_loss,
     place_prior,
     row_ids,
-    shares_by_place,
     shares_of_texts,
-    sigmoid_noun_loss,
 )
 from iclip_hf.model.pooling import even_heights
 

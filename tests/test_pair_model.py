@@ -12,15 +12,13 @@ from training_runs import eight_pairs, gradients, outputs_of
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
 from iclip_hf.model import pair_loss
+from iclip_hf.model.loss_terms import class_presence_loss, known_competition_loss, shares_by_place
 from iclip_hf.model.losses import (
     BatchNouns,
     attention_prior,
-    class_presence_loss,
     competition_loss,
     contrastive_loss,
-    known_competition_loss,
     multi_positive_loss,
-    shares_by_place,
     shares_of_texts,
 )
 from iclip_hf.model.pooling import even_heights, even_patches, representative_patches

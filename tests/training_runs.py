@@ -15,7 +15,7 @@ from iclip_hf import ICLIPModel
 from iclip_hf.cli.train import check_output_dir
 from iclip_hf.cli.train.arguments import parse_arguments
 from iclip_hf.cli.train.training import train
-from iclip_hf.model.losses import LOSS_TERMS
+from iclip_hf.model.loss_terms import LOSS_TERMS
 from iclip_hf.training import ICLIPTrainer
 
 

@@ -28,6 +28,19 @@ class FeatureTower(TimmWrapperModel):
             raise ValueError("The model_args of the feature tower name a checkpoint_path; remove it.")
         super().__init__(config)
 
+    def conversion_from(self, image_processor) -> tuple[list[float], list[float]]:
+        """
+        Returns the mean and standard deviation that convert pixel values of an image processor to the pixel values
+        that this tower was trained with.
+        """
+        pretrained = {
+            **self.timm_model.pretrained_cfg,
+            **getattr(self.config, "pretrained_cfg", {}),
+        }  # the checkpoint's
+        means, stds = image_processor.image_mean, image_processor.image_std
+        converted = [(wanted - mean) / std for wanted, mean, std in zip(pretrained["mean"], means, stds)]
+        return converted, [wanted / std for wanted, std in zip(pretrained["std"], stds)]
+
     def forward(self, pixel_values: torch.Tensor, **kwargs):
         """Like the base class. In eval mode on a CPU, batch norms are folded into the convolutions before them."""
         weights = [*self.parameters(), *self.buffers()]

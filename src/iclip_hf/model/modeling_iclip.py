@@ -1,7 +1,5 @@
 """ICLIP: a locked image tower, masked max pooling and dual projections for recognition and interpretability."""
 
-from collections.abc import Iterable, Mapping
-
 import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification
@@ -12,17 +10,11 @@ from .configuration_iclip import ICLIPConfig
 from .losses import BatchNouns, row_ids
 from .outputs import ICLIPImageFeatures, ICLIPOutput, ICLIPTextFeatures
 from .pair_loss import ImageInputs, in_chunks, pair_loss
-from .pooling import (
-    average_by_affinity,
-    even_patches,
-    normalize_attention,
-    pool,
-    representative_patches,
-)
+from .pooled_towers import PooledTowers
 from .projections import ICLIPBranch, Projection, average_prompts, join_branches, normalize
 from .similarity import cosine_similarity_map, cosines, min_max_normalize
 from .tower_loading import check_weights, keep_absolute_path, load_tower, tower_config
-from .towers import EOS_TEXT_TOWERS, ICLIPTowers, ImageTokens
+from .towers import EOS_TEXT_TOWERS
 
 
 # Prefixes of the names of weights that belong to the model itself, not to a tower.
@@ -32,7 +24,7 @@ OWN_WEIGHTS = ("recognition.", "interpretability.", "feature_reduction.", "token
 BELOW_MEAN = 0.1
 
 
-class ICLIPModel(ICLIPTowers):
+class ICLIPModel(PooledTowers):
     """
     Contrastive image-text model that explains itself. One forward pass computes image and text embeddings and, for
     each text, a map of the patches that match it.
@@ -182,15 +174,7 @@ class ICLIPModel(ICLIPTowers):
         model = cls(config, *towers).eval()
         if features and config.feature_image_mean is None:
             image_processor = image_processor or AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
-            pretrained = {
-                **model.feature_model.timm_model.pretrained_cfg,
-                **getattr(config.feature_config, "pretrained_cfg", {}),  # the checkpoint's values precede timm's
-            }
-            means, stds = image_processor.image_mean, image_processor.image_std
-            config.feature_image_mean = [
-                (wanted - mean) / std for wanted, mean, std in zip(pretrained["mean"], means, stds)
-            ]
-            config.feature_image_std = [wanted / std for wanted, std in zip(pretrained["std"], stds)]
+            config.feature_image_mean, config.feature_image_std = model.feature_model.conversion_from(image_processor)
         return model
 
     @property
@@ -219,90 +203,6 @@ class ICLIPModel(ICLIPTowers):
         if self.config.logit_bias_init_value is None:
             return None
         return (self.recognition(scores.float()) + self.config.presence_bias).sigmoid()
-
-    def normalized_attention(self, image: ImageTokens) -> torch.Tensor:
-        """
-        Returns the class token's attention over the patches, `(B, N)` in [0, 1] (Eq. 9), see `config.attention_norm`.
-        """
-        return normalize_attention(image.raw_attention, self.config.attention_norm, self.config.attention_quantile)
-
-    def _pooled(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
-        """
-        Pools the tokens of images by each of `poolings`, see `config.recognition_poolings`. Returns vectors by the
-        name of the pooling: `(B, D)`, or `(B, D + Df)` for poolings of patches with a feature tower, and `(B, Df)` for
-        `"feature_average"`. A pooling of None is left out.
-        """
-
-        def pool_by(name: str) -> torch.Tensor:
-            if name == "feature_average":
-                return image.feature_average
-            mode, _, norm = name.partition("/")
-            attention = normalize_attention(image.raw_attention, norm or "minmax", self.config.attention_quantile)
-            return pool(image.patch_tokens, image.class_token, attention, mode)
-
-        return {name: pool_by(name) for name in poolings if name}
-
-    def loss_features(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
-        """
-        Returns the features of images that a loss can read, by name. They are the tokens pooled by each of `poolings`,
-        see `config.recognition_poolings`. `max_over="similarity"` adds `patches` and `attention`, and
-        `known_competition` adds `even_patches`, see [`ImageInputs`]. With a locked tower, the features can be computed
-        once and kept.
-        """
-        config, features = self.config, self._pooled(image, poolings)
-        if config.max_over == "channels":
-            return features
-        tokens, attention = self.centered_tokens(image.patch_tokens), self.normalized_attention(image)
-        vision_tokens = tokens[..., : config.vision_config.hidden_size]  # without the features of a feature tower
-        chosen = representative_patches(vision_tokens, attention, image.grid, config.map_tokens)
-        features["patches"], features["attention"] = self._average_similar(tokens, attention, chosen)
-        if config.known_competition:
-            even = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
-            features["even_patches"], _ = self._average_similar(tokens, attention, even)
-        return features
-
-    def loss_inputs(self, features: Mapping[str, torch.Tensor]) -> ImageInputs:
-        """Selects the inputs of this model's loss from the `loss_features` of images."""
-        pooled = torch.cat([features[name] for name in self.config.recognition_poolings], -1)
-        return ImageInputs(
-            pooled,
-            map_pooled=features.get(self.config.map_pooling),
-            representative_tokens=features.get("patches"),
-            map_attention=features.get("attention"),
-            even_tokens=features.get("even_patches"),
-        )
-
-    def image_inputs(self, image: ImageTokens) -> ImageInputs:
-        """Returns the inputs of this model's loss from the tokens of images."""
-        poolings = [*self.config.recognition_poolings, self.config.map_pooling]
-        return self.loss_inputs(self.loss_features(image, poolings))
-
-    def _average_similar(
-        self, tokens: torch.Tensor, attention: torch.Tensor, chosen: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Averages tokens `(B, N, D)` and attention `(B, N)` over similar patches (`config.map_affinity`). Returns both
-        for the patches with the indices `chosen` `(B, n)`, or for all patches: `(B, n, D)` and `(B, n)`.
-        """
-        chosen_tokens, chosen_attention = tokens, attention
-        if chosen is not None:
-            chosen_tokens = tokens.take_along_dim(chosen.unsqueeze(-1), 1)
-            chosen_attention = attention.take_along_dim(chosen, 1)
-        if self.config.map_affinity == 0:
-            return chosen_tokens, chosen_attention
-        values = torch.cat([tokens, attention.unsqueeze(-1).to(tokens.dtype)], -1)
-        # The tokens of the image tower alone decide which patches are similar.
-        width = self.config.vision_config.hidden_size
-        keys, queries = tokens[..., :width], chosen_tokens[..., :width]
-        averaged = average_by_affinity(values, keys, self.config.map_affinity, queries)
-        # The attention is copied, so that it does not keep the tokens in memory.
-        return averaged[..., :-1], averaged[..., -1].float().contiguous()
-
-    def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Returns patch tokens `(..., D)` as the map branch reads them: with `config.center_tokens`, centered."""
-        if not self.config.center_tokens:
-            return patch_tokens
-        return patch_tokens - self.token_mean.to(patch_tokens)
 
     def embed_patches(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """
@@ -334,9 +234,6 @@ class ICLIPModel(ICLIPTowers):
 
         Returns:
             [`ICLIPImageFeatures`].
-
-        Raises:
-            `ValueError`: H or W is not a multiple of the patch size.
         """
         image = self.encode_image(pixel_values, **kwargs)
         attention = self.normalized_attention(image)
@@ -486,15 +383,7 @@ class ICLIPModel(ICLIPTowers):
             image_inputs, text_inputs ([`ImageInputs`] and `torch.Tensor` of shape `(M, Dt)`, *optional*): results of
                 `image_inputs` and `encode_text`, instead of `pixel_values` and `input_ids`, with `return_loss`.
             nouns (`dict` of `torch.Tensor`, *optional*): the nouns of the M - B - K noun prompts, as
-                [`PairCollator`] returns them:
-                - **noun_ids** `(M - B - K,)` -- index of the noun in the vocabulary.
-                - **noun_labels** `(B, vocabulary)` -- 1 if an image shows a noun, -1 if the noun is known to be
-                  absent, otherwise 0; of a signed type.
-                - **is_background** `(M - B - K,)` -- whether the noun describes the background, boolean.
-                - **place** `(M - B - K,)` -- 1 for a noun at the bottom of images, such as floor, -1 for a noun at
-                  the top, such as sky, otherwise 0.
-                - **class_ids** `(K,)`, *optional* -- index in the vocabulary of each class of a classifier.
-                - **class_probabilities** `(B, K)`, *optional* -- probabilities of the classes by the classifier.
+                [`PairCollator`] returns them: the arguments of [`BatchNouns.gathered`].
             return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
                 over all processes.
             chunk_size (`int`, *optional*): number of images, and of texts, that a tower encodes at once for the loss.
@@ -511,10 +400,7 @@ class ICLIPModel(ICLIPTowers):
         tokenized = (input_ids, attention_mask, token_type_ids)
         encoded_texts = text_inputs if return_loss else text_features
         if (pixel_values is None and image_inputs is None) or (input_ids is None and encoded_texts is None):
-            raise ValueError(
-                "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "
-                "get_text_features."
-            )
+            raise ValueError("Give pixel_values and input_ids, or call get_image_features or get_text_features.")
         if return_loss:
             if image_inputs is None:
 

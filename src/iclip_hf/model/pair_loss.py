@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .losses import BatchNouns, BranchBatch, branch_loss, direction_loss
+from .loss_terms import BranchBatch, branch_loss
+from .losses import BatchNouns, direction_loss
 from .outputs import ICLIPOutput
 from .similarity import cosines
 

@@ -630,7 +630,6 @@ def test_too_many_bad_pairs_stop_the_run(damaged):
         {"text": "", "title": "a"},
         {"captions": ["", " "], "txt": " ", "title": "a"},
         {"captions": " ", "text": "a"},
-        {"captions": "3", "text": "a"},
         {"txt": "", "caption": "", "json": {"caption": "a"}},
         {"caption": None, "json": {"captions": [" "], "caption": "a"}},
         {"captions": "a", "text": "b"},
@@ -1158,3 +1157,21 @@ def test_a_hub_that_cannot_be_reached_is_not_tried_again(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConnectionError, match="^org/name: .* Hub"):
         load_pairs("org/name", streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("value", "captions"),
+    [
+        ("1984", ["1984"]),
+        ("1.50", ["1.50"]),
+        ("true", ["true"]),
+        (1984, ["1984"]),
+        (True, ["true"]),
+        ([1984, "a dog", None], ["1984", "a dog"]),
+        (float("nan"), []),
+        (None, []),
+    ],
+)
+@pytest.mark.parametrize("column", ["captions", "caption"])
+def test_captions_that_are_numbers_or_booleans_in_json(column, value, captions):
+    assert columns.USUAL_COLUMNS.texts({column: value}).captions == captions

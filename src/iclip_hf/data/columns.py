@@ -118,8 +118,12 @@ def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -
 def _texts(column: str, value) -> list[str]:
     """Returns the stripped texts in a value of a caption column; an empty list if there are none."""
     parsed = _parsed(column, value)
+    if isinstance(value, str) and isinstance(parsed, Number):
+        parsed = value  # a caption such as "1984" or "true"
     items = _items(parsed)
     candidates = [parsed] if items is None else items
+    # Captions in JSON can be numbers or booleans. NaN is a missing value.
+    candidates = [json.dumps(text) if isinstance(text, (int, float)) and text == text else text for text in candidates]
     texts = (_stripped(text) for text in candidates if isinstance(text, str))
     return [text for text in texts if text]
 

@@ -122,6 +122,19 @@ def test_the_label_map_of_the_code_of_naclip(tiny_processor):
     assert (labels.numpy() + 1 != expected).mean() < 0.001 and len(np.unique(expected)) == 3
 
 
+@pytest.mark.parametrize(("min_area", "expected"), [(0.24, [0, 0, 0, 1]), (0.25, [0, 0, 0, 0]), (0.75, [-1] * 4)])
+def test_a_class_needs_more_than_the_smallest_area(min_area, expected):
+    maps = torch.tensor([[[0.6, 0.6, 0.6, 0.2]], [[0.1, 0.1, 0.1, 0.5]]])
+    window = WindowMaps(torch.zeros(3, 1, 4), [(slice(0, 1), slice(0, 4))], (1, 4), maps=maps[None])
+    assert protocol_label_map(window, [0, 1], None, 10.0, min_area)[0].flatten().tolist() == expected
+
+
+def test_a_probability_of_the_threshold_is_no_background():
+    window = WindowMaps(torch.zeros(3, 1, 1), [(slice(0, 1), slice(0, 1))], (1, 1), maps=torch.ones(1, 2, 1, 1))
+    labels = [protocol_label_map(window, [0, 1], threshold, 10.0)[0].item() for threshold in (0.5, 0.51)]
+    assert labels == [0, -1]
+
+
 # As the released configurations state them: short side, window, stride, scale and, with a background, the threshold.
 RELEASED = """
              sclip                naclip               clearclip             proxyclip

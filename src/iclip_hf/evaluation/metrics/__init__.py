@@ -85,21 +85,23 @@ def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metri
     Creates metrics.
 
     Args:
-        metrics: a name of `TASKS`, whose metrics are then optional; or a list of names of `METRICS` and of metrics.
+        metrics: a name of `TASKS`, whose metrics are then optional; a name of `METRICS`; or a list of names of
+            `METRICS` and of metrics.
         options: parameters of the metrics that `metrics` names. Each goes to all of these metrics that have it.
 
     Raises:
         `ValueError`: there is no metric, a name is unknown, two metrics have one name, an option belongs to no metric,
             or a value is not allowed.
     """
-    is_task = isinstance(metrics, str)
-    if is_task and metrics not in TASKS:
-        raise ValueError(f"{metrics!r} is no task: choose one of {', '.join(TASKS)}, or give a list of metrics.")
+    is_task = isinstance(metrics, str) and metrics in TASKS
+    if isinstance(metrics, str):
+        metrics = TASKS.get(metrics, [metrics])
     made, used = [], set()
-    for metric in TASKS[metrics] if is_task else metrics:
+    for metric in metrics:
         if isinstance(metric, str):
             if metric not in METRICS:
-                raise ValueError(f"{metric!r} is no metric: choose one of {', '.join(METRICS)}.")
+                names = ", ".join([*METRICS, *TASKS])
+                raise ValueError(f"{metric!r} is no metric and no task: choose one of {names}.")
             module, _, name = METRICS[metric].partition(":")
             metric_class = getattr(import_module(f"{__name__}.{module}"), name)
             taken = options.keys() & signature(metric_class).parameters.keys()

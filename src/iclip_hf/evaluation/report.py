@@ -10,7 +10,7 @@ import numpy as np
 
 from ..backends.embedded import embedded_folder
 from ..data.layouts import DATASETS
-from ..model.presence import MIN_PRESENCE
+from ..model.presence import is_present
 from ..plots.report import ReportFolder
 from .functional import threshold_counts
 from .metrics.metric import EvaluatedImage, Metric
@@ -94,11 +94,11 @@ class Report(Metric):
             overlaps = state.overlaps[index, class_id]
             ious = [_rounded(overlaps[method][best[method, class_id]]) for method in methods]
             area = _rounded(state.areas[index, class_id])
-            # Not rounded, because the page compares it with `MIN_PRESENCE`.
+            # Not rounded, because the page tells by it whether the class counts as present.
             presence = float(state.presences[index][class_id - 1]) if index in state.presences else None
             rows.append([index, class_id - 1, area, presence, ious])
         for index, presences in sorted(state.presences.items()):
-            for class_index in np.flatnonzero(presences >= MIN_PRESENCE).tolist():
+            for class_index in np.flatnonzero(is_present(presences)).tolist():
                 if (index, class_index + 1) not in state.overlaps:
                     alarms.append([index, class_index, _rounded(presences[class_index])])
         protocol = result.protocol

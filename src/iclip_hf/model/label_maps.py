@@ -1,7 +1,6 @@
 """Computes the label map of an image from the raw maps of any method."""
 
 from collections.abc import Sequence
-from itertools import compress, starmap
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +60,8 @@ def label_map(
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
     labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     highest = torch.full(size, -torch.inf, dtype=torch.float32, device=raw_maps.device)
-    all_texts = starmap(_Text, zip(range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True))
-    texts = list(compress(all_texts, present))
+    all_texts = [_Text(*fields) for fields in zip(range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True)]
+    texts = [text for text in all_texts if present[text.index]]
     # Each map is enlarged twice, one map at a time, so that the memory does not grow with the number of texts.
     moments = [torch.std_mean(resize_maps(text.raw_map, size), correction=0) for text in texts]
     stds, means = torch.tensor(moments, dtype=torch.float32).reshape(-1, 2).unbind(1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from ..model.presence import MIN_PRESENCE
 from ..model.similarity import resize_and_normalize
 from ..utils.files import atomic_write, write_image
 from .colors import overlay
@@ -108,6 +109,7 @@ class ReportFolder:
             "refined": refined,
             "alarms": alarms,
             "tables": [*tables],
+            "min_presence": MIN_PRESENCE,
             "scores": scores or {},
         }
         # A script, because a page on disk may not fetch a file.

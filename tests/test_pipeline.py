@@ -1,7 +1,6 @@
 """The "image-text-similarity-map" pipeline against the same steps by hand, and every door into it."""
 
 import base64
-import contextlib
 import copy
 import functools
 import importlib.util
@@ -23,7 +22,6 @@ from iclip_hf import (
     ImageTextSimilarityMapPipeline,
     ZeroShotImageSegmentationPipeline,
     __version__,
-    explain,
     load,
 )
 from iclip_hf.backends import embedded
@@ -106,37 +104,19 @@ def test_every_form_of_an_image_gives_the_same_answer(pipe, photographs):
             assert_same(pipe(form, LABELS, timeout=10), expected)
 
 
-class Endless(QuietHandler):
-    """Sends as long as somebody listens: bytes at once, or one now and then."""
-
-    pause = 0.0
+class Silent(QuietHandler):
+    """Answers with nothing."""
 
     def do_GET(self):
-        self.send_response(200)
-        with contextlib.suppress(OSError):
-            self.end_headers()
-            while True:
-                self.wfile.write(b"a" * (1 if self.pause else 2**20))
-                time.sleep(self.pause)
+        time.sleep(5)
 
 
-LATE = "did not end within 0.5 seconds"
-
-
-@pytest.mark.parametrize(("pause", "message"), [(0.0, "more than 64 MiB"), (0.05, LATE), (30, "timed out")])
-def test_a_server_without_an_end_is_left(pipe, monkeypatch, pause, message):
-    monkeypatch.setattr(Endless, "pause", pause)
-    with served(Endless) as server:
+def test_a_server_that_does_not_answer_is_left(pipe):
+    with served(Silent) as server:
         began = time.monotonic()
-        with pytest.raises(OSError, match=message):
-            pipe(f"http://127.0.0.1:{server.server_port}/a.png", LABELS, timeout=0.5 if pause else 30)
-        assert time.monotonic() - began < (5 if pause else 20)
-
-
-def test_explain_leaves_a_slow_server_too(pipe, monkeypatch):
-    monkeypatch.setattr(Endless, "pause", 0.05)
-    with served(Endless) as server, pytest.raises(OSError, match=LATE):
-        explain((pipe.model, pipe.processor), f"http://127.0.0.1:{server.server_port}/a.png", LABELS, timeout=0.5)
+        with pytest.raises(OSError, match=f"{server.server_port}/a.png"):
+            pipe(f"http://127.0.0.1:{server.server_port}/a.png", LABELS, timeout=0.3)
+        assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

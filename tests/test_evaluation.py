@@ -317,7 +317,6 @@ def test_without_a_name_the_method_is_that_of_the_model(dataset, made):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": "itsm"}, "methods is a list"),
         ({"metrics": []}, "There is no metric"),
         ({"limit": -1}, "limit is at least 1, not -1"),
         ({"dataset": "voc2012"}, "dataset is what load_segmentation returns, not 'voc2012'"),

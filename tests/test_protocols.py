@@ -170,7 +170,7 @@ def test_settings_are_the_released_ones_and_class_names_are_found():
             assert changed == (differ | others)[name], (paper, name)
             assert len(texts.background_texts) == (backgrounds[name][number] if name in backgrounds else 0)
             assert len(texts.templates) == 80
-    with pytest.raises(ValueError, match="'naclp' is none of the protocols sclip, naclip, "):
+    with pytest.raises(ValueError, match="'naclp'; did you mean 'naclip'"):
         protocol_settings("naclp", "voc21")
 
 

@@ -17,6 +17,7 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor, check_processor
 from ..model.tower_loading import check_weights, keep_absolute_path
 from ..utils.errors import loading_errors
+from ..utils.tables import known
 from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
 from .embedded import embedded_model
 from .explainable import ExplainableModel
@@ -77,8 +78,8 @@ def load(
             `ValueError`: a folder or Hub id holds another kind of model; a file is damaged, lacks weights or contains
             NaN; the processor is of another model; or dtype or device are given for a model that has its own.
     """
-    if isinstance(dtype, str) and dtype not in DTYPES:  # Transformers takes a `torch.dtype`, too
-        raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+    if isinstance(dtype, str):  # Transformers takes a `torch.dtype`, too
+        dtype = known(dtype, DTYPES, "dtype")
     is_name = isinstance(source, (str, os.PathLike))
     source = resolve_name(source) if is_name else source
     is_onnx = is_name and Path(source, VISION_FILE).is_file()

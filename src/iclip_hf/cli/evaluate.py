@@ -10,7 +10,7 @@ from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..evaluation.protocols import protocol_settings
 from ..utils.files import check_new_folder, check_outputs, check_outside
 from .inputs import load_model
-from .options import DATASET, MODEL, PREPARATION, add_shared, at_least_1, fraction, number, seed, texts
+from .options import DATASET, MODEL, PREPARATION, add_shared, at_least_1, fraction, name_of, number, seed, texts
 from .output import check_output_file, model_folders, print_lines, print_to_stderr
 
 
@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     task_or_metrics = parser.add_mutually_exclusive_group()
     task_or_metrics.add_argument(
         "--task",
+        type=name_of(TASKS, "task"),
         choices=tuple(TASKS),
         default="interpretability",
         help=f"metrics to compute: {tasks} (default: interpretability)",
@@ -49,12 +50,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         action="extend",
         nargs="+",
-        choices=METRICS,
+        type=name_of(METRICS, "metric"),
         metavar="METRIC",
         help=f"one or more of {', '.join(METRICS)} instead of those of a task",
     )
     for name, (form, help_text) in OPTIONS.items():
-        keywords = {"choices": form} if isinstance(form, tuple) else _FORMS[form]
+        keywords = {"type": name_of(form, name), "choices": form} if isinstance(form, tuple) else _FORMS[form]
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords, help=help_text)
     add_shared(parser, "--batch-size", default=8)
     parser.add_argument(

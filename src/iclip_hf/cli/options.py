@@ -15,6 +15,7 @@ from ..evaluation.metrics import MAX_SEED
 from ..explainers import METHODS, check_method
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
+from ..utils.tables import known
 
 
 Value = TypeVar("Value")
@@ -58,6 +59,11 @@ def method(name: str) -> str:
     return check_method(name)
 
 
+def name_of(names: Iterable[str], kind: str) -> Callable[[str], str]:
+    """Makes a type for argparse: one of `names`, in the spelling of `names`, see [`known`]."""
+    return option_type(lambda typed: known(typed, names, kind))
+
+
 def number(kind: Callable[[str], Value], low: float, high: float = math.inf) -> Callable[[str], Value]:
     """Makes a type for argparse: numbers of a `kind`, `int` or `float`, from `low` to `high`."""
 
@@ -86,7 +92,11 @@ SHARED = {
         "default": "embedded",
         "help": 'ICLIP or CLIP-like model, or "embedded" (default: the embedded model)',
     },
-    "--dtype": {"choices": DTYPES, "help": "number format of the model (default: as saved)"},
+    "--dtype": {
+        "type": name_of(DTYPES, "dtype"),
+        "choices": DTYPES,
+        "help": "number format of the model (default: as saved)",
+    },
     "--device": {"metavar": "NAME", "help": "cpu, cuda or mps (default: the GPU if there is one, otherwise cpu)"},
     "--template": {
         "action": "append",
@@ -103,7 +113,7 @@ SHARED = {
         "scores and presence of whole images are always computed)",
     },
     "--dataset": {
-        "choices": DATASETS,
+        "type": name_of(DATASETS, "data set"),
         "metavar": "NAME",
         "help": f"one of {', '.join(DATASETS)}; folder means images/, masks/ and classes.txt",
     },
@@ -144,6 +154,7 @@ SHARED = {
     },
     "--colormap": {
         "default": COLORMAPS[0],
+        "type": name_of(COLORMAPS, "colour map"),
         "choices": COLORMAPS,
         "help": "cividis is safe for colour-blind readers, jet is the paper's (default: %(default)s)",
     },

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.digests import LARGE, content_digest, total_size
+from ..utils.tables import known
 from .layouts import DATASETS
 from .mask_formats.coco_instances import read_coco_instances
 from .mask_formats.index_masks import has_index_masks, read_index_masks
@@ -145,8 +146,7 @@ def load_segmentation(
         `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The
         content of images and masks is checked when they are decoded.
     """
-    if name not in DATASETS:
-        raise ValueError(f"{name!r} is none of the data sets {', '.join(DATASETS)}.")
+    name = known(name, DATASETS, "data set")
     layout, root = DATASETS[name], Path(root)
     if split and layout.default_split is None:
         raise ValueError(f"{name} has no splits, such as {split!r}: name the folder of that split as root.")

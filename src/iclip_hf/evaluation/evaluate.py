@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 def evaluate_model(
     model,
     dataset: SegmentationDataset,
-    methods: Sequence[str] | Mapping[str, Mapping] | None = None,
+    methods: str | Sequence[str] | Mapping[str, Mapping] | None = None,
     metrics: str | Sequence[str | Metric] = "interpretability",
     *,
     image_size: int | dict[str, int] | None = None,
@@ -70,8 +70,8 @@ def evaluate_model(
     Args:
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
-        methods (*optional*): names of explainers, or a `dict` from names to options, such as `{"gem": {"depth": 3}}`;
-            if not given, the method that [`make_explainer`] chooses for the model.
+        methods (*optional*): name or names of explainers, or a `dict` from names to options, such as
+            `{"gem": {"depth": 3}}`; if not given, the method that [`make_explainer`] chooses for the model.
         metrics: a name of `TASKS`, whose metrics are left out if the data set or the model does not have what they
             measure; or a list of names of `METRICS` and of metrics with options, such as `Segmentation(window=224)`.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
@@ -94,8 +94,6 @@ def evaluate_model(
         model does not have what a metric measures.
     """
     start = time.perf_counter()
-    if isinstance(methods, str):
-        raise ValueError(f'methods is a list of names, such as ["itsm"], not {methods!r:.100}.')
     if isinstance(dataset, (str, Path)):
         raise TypeError(f"dataset is what load_segmentation returns, not {str(dataset)!r:.100}.")
     if limit is not None and limit < 1:
@@ -231,7 +229,7 @@ class EvaluationRun:
         self,
         model: ExplainableModel,
         dataset: SegmentationDataset,
-        methods: Sequence[str] | Mapping[str, Mapping] | None,
+        methods: str | Sequence[str] | Mapping[str, Mapping] | None,
         templates: Sequence[str] | None,
         refine: bool,
         multi_scale: bool,
@@ -246,7 +244,7 @@ class EvaluationRun:
         settings = {"templates": templates, "image_size": image_size, "refine": refine, "multi_scale": multi_scale}
         new_engine = partial(Engine, self.model, self.model.processor, **settings)
         self.engine = new_engine()
-        methods = methods or [None]
+        methods = [methods] if isinstance(methods, str) else methods or [None]
         if not isinstance(methods, Mapping):
             methods = {method: {} for method in methods}
         explainers = [make_explainer(self.model, method, **options) for method, options in methods.items()]

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..utils.tables import known
+
 
 _NAMES_FOLDER = Path(__file__).parents[1] / "data" / "papers"
 
@@ -97,8 +99,7 @@ def protocol_settings(paper: str, dataset: str) -> Protocol:
     [`~iclip_hf.data.layouts.DATASETS`]. A data set that the paper does not measure gets the settings that the paper
     has for most data sets. Raises `ValueError` if there is no such paper.
     """
-    if paper not in _PAPERS:
-        raise ValueError(f"{paper!r} is none of the protocols {', '.join(PROTOCOLS)}: choose one of them.")
+    paper = known(paper, PROTOCOLS, "protocol")
     settings, changes = _PAPERS[paper]
     files = [_NAMES_FOLDER / f"{dataset}-{_NAMES_OF.get(paper, paper)}.yaml", _NAMES_FOLDER / f"{dataset}.yaml"]
     overrides = next(filter(Path.is_file, files), None)

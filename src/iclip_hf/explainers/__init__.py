@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 from inspect import signature
 from typing import TYPE_CHECKING
 
 from ..utils.lazy import lazy_names
+from ..utils.tables import known, unknown
 
 
 if TYPE_CHECKING:
@@ -128,18 +128,15 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
 def check_method(method: str) -> str:
     """Returns the name of a method. Raises `ValueError` if it is unknown."""
     added = {*_registered, *entry_points(group=METHOD_GROUP).names} - {*METHODS}
-    known = [*METHODS, *sorted(added)]
-    if method not in known:
-        otherwise = f": choose one of {', '.join(known)}."
-        raise ValueError(f"There is no method {method!r}{_hint(method, known, otherwise)}")
-    return method
+    return known(method, [*METHODS, *sorted(added)], "method")
 
 
 def explainer_class(method: str) -> type[Explainer]:
     """Returns the class of a method. Raises `ValueError` if it is unknown."""
+    method = check_method(method)
     if method in _registered:
         return _registered[method]
-    if check_method(method) in METHODS:
+    if method in METHODS:
         return pkgutil.resolve_name(f"{__package__}.{METHODS[method][1]}")
     return entry_points(group=METHOD_GROUP)[method].load()
 
@@ -166,20 +163,13 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
 
         model = load(model)
         method = model.default_method
+    method = check_method(method)
     method_class = explainer_class(method)
     parameters = signature(method_class).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if not takes_any and (unknown := sorted(method_options.keys() - parameters.keys())):
-        options = [name for name in parameters if name != "model"]
-        otherwise = f": {method} has {', '.join(options) or 'no options'}."
-        known = ["method", *keywords, *options]
-        raise TypeError(f"There is no option {unknown[0]!r}{_hint(unknown[0], known, otherwise)}")
+    if not takes_any and (wrong := sorted(method_options.keys() - parameters.keys())):
+        options = [*keywords, *(name for name in parameters if name != "model")]
+        raise TypeError(unknown(wrong[0], options, "option"))
     explainer = method_class(model, **method_options)
     explainer.name = method
     return explainer
-
-
-def _hint(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Returns the end of an error about an unknown name: the most similar known name, or `otherwise`."""
-    close = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else otherwise

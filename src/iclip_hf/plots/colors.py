@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..model.images import load_image
+from ..utils.tables import known
 from . import COLORMAPS
 
 
@@ -34,9 +35,7 @@ SEGMENTS = (
 @cache
 def color_table(colormap: str) -> np.ndarray:
     """Returns red, green, blue and opacity of the 256 levels of a map, `(256, 4)` uint8."""
-    if colormap not in _TABLES:
-        raise ValueError(f"There is no colour map {colormap!r}, only {', '.join(_TABLES)}.")
-    hex_colors, lowest, highest = _TABLES[colormap]
+    hex_colors, lowest, highest = _TABLES[known(colormap, _TABLES, "colour map")]
     colors = np.array([list(bytes.fromhex(color)) for color in hex_colors.split()])
     levels = np.linspace(0, 1, 256)
     channels = [np.interp(levels, np.linspace(0, 1, len(colors)), channel) for channel in colors.T]

@@ -11,6 +11,7 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from ...utils.lazy import lazy_names
+from ...utils.tables import known
 from ..protocols import PROTOCOLS
 
 
@@ -93,16 +94,15 @@ def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metri
         `ValueError`: there is no metric, a name is unknown, two metrics have one name, an option belongs to no metric,
             or a value is not allowed.
     """
-    is_task = isinstance(metrics, str) and metrics in TASKS
+    is_task = False
     if isinstance(metrics, str):
-        metrics = TASKS.get(metrics, [metrics])
+        name = known(metrics, [*TASKS, *METRICS], "metric or task")
+        is_task = name in TASKS
+        metrics = TASKS.get(name, [name])
     made, used = [], set()
     for metric in metrics:
         if isinstance(metric, str):
-            if metric not in METRICS:
-                names = ", ".join([*METRICS, *TASKS])
-                raise ValueError(f"{metric!r} is no metric and no task: choose one of {names}.")
-            module, _, name = METRICS[metric].partition(":")
+            module, _, name = METRICS[known(metric, METRICS, "metric")].partition(":")
             metric_class = getattr(import_module(f"{__name__}.{module}"), name)
             taken = options.keys() & signature(metric_class).parameters.keys()
             metric = metric_class(**{option: options[option] for option in taken})

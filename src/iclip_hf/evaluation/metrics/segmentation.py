@@ -11,9 +11,10 @@ import torch
 
 from ...model.label_maps import BACKGROUND_LABEL
 from ...model.windows import Tiling, mean_of_windows, sliding_windows
+from ...utils.tables import known
 from ..argmax import argmax_label_map, protocol_label_map
 from ..functional import THRESHOLDS
-from ..protocols import protocol_settings
+from ..protocols import PROTOCOLS, protocol_settings
 from ..window_maps import WindowMaps, resized
 from .mean_iou import MeanIoU
 from .metric import EvaluatedImage, Metric
@@ -104,7 +105,7 @@ class Segmentation(Metric):
         super().__init__()
         self.window, self.stride = window, stride or (window and window // 2)
         self.background, self.threshold, self.logit_scale = background, threshold, logit_scale
-        self.protocol = protocol
+        self.protocol = protocol and known(protocol, PROTOCOLS, "protocol")
         if window and not protocol:
             self.image_size = {"shortest_edge": SHORT_SIDE}
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from training_runs import run, weights
 from transformers import TimmWrapperConfig, TimmWrapperModel
 
-from iclip_hf import ICLIPModel, load
+from iclip_hf import ICLIPModel, explain, load
 from iclip_hf.backends.identity import digest
 from iclip_hf.explainers import make_explainer
 from iclip_hf.hub.folders import init_model
@@ -63,8 +63,8 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def slow(model, pixel_values):
-    """Recognition vectors and patch vectors of each image, from the towers themselves, by plain loops."""
+def slow(model, pixel_values, grid=GRID):
+    """Recognition vectors of each image, and vectors on a grid, from the towers themselves, by plain loops."""
     backbone = timm.create_model("test_efficientnet", num_classes=0, pad_type="same").eval()
     backbone.load_state_dict(model.feature_model.timm_model.state_dict())
     weights = {name: weight.double().numpy() for name, weight in model.state_dict().items()}
@@ -81,9 +81,10 @@ def slow(model, pixel_values):
         )
         raw, small = raw.double().numpy(), small.double().numpy()
         average = (raw.mean((1, 2)) + small.mean((1, 2))) / 2 @ matrix.T + weights["feature_reduction.bias"]
-        features = bilinear(raw, GRID).reshape(len(raw), -1).T @ matrix.T + weights["feature_reduction.bias"]
-        tokens = np.concatenate([last[1:], features], 1)
-        assert tokens.shape == (24, 32 + 6)
+        features = bilinear(raw, grid).reshape(len(raw), -1).T @ matrix.T + weights["feature_reduction.bias"]
+        own = bilinear(last[1:].T.reshape(-1, *GRID), grid).reshape(32, -1).T
+        tokens = np.concatenate([own, features], 1)
+        assert tokens.shape == (grid[0] * grid[1], 32 + 6)
         if alone := model.config.recognition_pooling == "feature_average":
             images.append(recognition @ average)
         else:
@@ -112,6 +113,39 @@ def test_scores_and_maps_are_of_joined_tokens(options):
     with torch.no_grad():
         attention = without.get_image_features(inputs["pixel_values"]).attention
     assert torch.equal(outputs.attention, attention)
+
+
+def test_maps_have_finer_cells_than_patches_while_scores_read_patches():
+    """As without cells: the peak of scores, and methods that read the image tower."""
+    options = {**FEATURES_ALONE, "peak_share": 0.4, "attention_norm": "quantile", "map_attention": "additive"}
+    model, finer = joined_model(**options), joined_model(**options, map_cell_size=10)
+    inputs = tiny_inputs(size=(64, 96))
+    with torch.no_grad():
+        images = [one.get_image_features(inputs["pixel_values"]) for one in (model, finer)]
+        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+        cosines = images[1].cell_embeds @ texts.map_text_embeds.T
+        maps = finer.similarity_maps(images[1], texts)
+    assert images[0].cell_embeds is None and torch.equal(images[0].patch_embeds, images[1].patch_embeds)
+    assert torch.equal(model.scores(images[0], texts), finer.scores(images[1], texts))
+    _, cells = slow(finer, inputs["pixel_values"], (6, 9))
+    np.testing.assert_allclose(images[1].cell_embeds.flatten(1, 2), cells, atol=1e-5)
+    for image in range(2):
+        attention = bilinear(images[0].attention[image].reshape(1, *GRID).numpy(), (6, 9))
+        tokens = model.encode_image(inputs["pixel_values"]).patch_tokens[image, :, :32] - model.token_mean[:32]
+        own = unit(bilinear(tokens.detach().T.reshape(-1, *GRID).numpy(), (6, 9)).reshape(32, -1).T)
+        likeness = np.exp(3.0 * own @ own.T)
+        expected = likeness @ attention.ravel() / likeness.sum(1)
+        np.testing.assert_allclose(images[1].map_attention[image], expected, atol=1e-5)
+    weighed = finer.weigh_maps(cosines.permute(0, 3, 1, 2), images[1], texts)
+    torch.testing.assert_close(maps, weighed, atol=1e-6, rtol=1e-5)
+    assert maps.shape[2:] == (6, 9)
+
+
+@pytest.mark.parametrize("method", ["itsm", "competing_itsm", "attention_affinity", "attention", "sclip"])
+def test_methods_of_features_have_the_finer_cells(method, tiny_processor):
+    loaded = joined_model(map_cell_size=8), tiny_processor
+    explanation = explain(loaded, noise((96, 64)), ["dog"], method, refine=False, image_size=64)
+    assert explanation.raw_maps.shape[1:] == ((4, 4) if method in ("attention", "sclip") else (8, 8))
 
 
 def test_grad_cam_weighs_the_feature_map_that_the_score_reads(tiny_processor):

@@ -201,7 +201,7 @@ def page_served(folder, handler=server._Handler, port=0):
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny_model("dinov2", **OPTIONS)
+    model = tiny_model("dinov2", **OPTIONS, map_cell_size=6)
     model.name_or_path = "org/tiny"
     with torch.no_grad():
         model.attention_direction.copy_(torch.linspace(-1, 1, len(model.attention_direction)))

@@ -80,7 +80,7 @@ class ExplainableModel(ABC):
 
     def similarity_maps(self, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Computes raw maps `(B, T, h, w)`: the cosines of patches and texts (Eq. 1-3), weighed by `weigh_maps`."""
-        return self.weigh_maps(cosine_similarity_map(features.patch_embeds, texts.map_text_embeds), features, texts)
+        return self.weigh_maps(cosine_similarity_map(features.map_embeds, texts.map_text_embeds), features, texts)
 
     def weigh_maps(self, maps: torch.Tensor, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Weighs maps of cosines by attention if the model does so, see [`ICLIPModel.weigh_maps`]."""

@@ -39,8 +39,8 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     number of prompts, are dynamic.
 
     - `vision_model.onnx`: from `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors
-      `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, and to `attention` and `map_attention` `(B, N)` in
-      [0, 1], as in [`ICLIPImageFeatures`].
+      `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, with a `map_cell_size` to `cell_embeds`, and to
+      `attention` and `map_attention` in [0, 1], as in [`ICLIPImageFeatures`].
     - `text_model.onnx`: from `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, prompts, L)` for
       the prompts of each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with
       `map_attention="signed"` to the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
@@ -151,8 +151,11 @@ def _vision_program(model: ICLIPModel):
     Dim = torch.export.Dim
     inputs = {"pixel_values": torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)}
     dynamic_sizes = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
+    outputs = ICLIPImageFeatures.compared_fields
+    if not model.config.map_cell_size:
+        outputs = [name for name in outputs if name != "cell_embeds"]
     with symbolic_grid(model.vision_model), symbolic_padding():
-        return _program(model, model.get_image_features, inputs, ICLIPImageFeatures.compared_fields, dynamic_sizes)
+        return _program(model, model.get_image_features, inputs, outputs, dynamic_sizes)
 
 
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):

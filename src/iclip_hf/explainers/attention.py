@@ -22,7 +22,7 @@ class Attention(Explainer):
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         features, attention = self.model.attention(pixel_values)
-        return _repeat_for_texts(attention, features, texts), features
+        return _repeat_for_texts(attention, features.grid, texts), features
 
 
 class AttentionAffinity(Explainer):
@@ -44,10 +44,10 @@ class AttentionAffinity(Explainer):
     def forward(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        return _repeat_for_texts(features.map_attention, features, texts), features
+        return _repeat_for_texts(features.map_attention, features.map_embeds.shape[1:3], texts), features
 
 
-def _repeat_for_texts(attention: torch.Tensor, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-    """Repeats attention over the patches `(B, N)` as the map of each of T texts, `(B, T, h, w)`."""
-    maps = attention.unflatten(-1, features.grid).unsqueeze(1)
+def _repeat_for_texts(attention: torch.Tensor, grid: tuple[int, int], texts: ICLIPTextFeatures) -> torch.Tensor:
+    """Repeats attention `(B, N)` over a grid as the map of each of T texts, `(B, T, h, w)`."""
+    maps = attention.unflatten(-1, grid).unsqueeze(1)
     return maps.expand(-1, texts.text_embeds.shape[1], -1, -1)

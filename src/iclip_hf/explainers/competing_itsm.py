@@ -69,7 +69,7 @@ class CompetingITSM(Explainer):
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
         similarity = _directions(texts, mean) @ _directions(encoded_rivals, mean).mT
         maps, rival_maps = (
-            cosine_similarity_map(features.patch_embeds, embeds)
+            cosine_similarity_map(features.map_embeds, embeds)
             for embeds in (texts.map_text_embeds, encoded_rivals.map_text_embeds)
         )
         maps = compete(maps, rival_maps, weights.unsqueeze(1) * (similarity < ALIKE), self.scale)

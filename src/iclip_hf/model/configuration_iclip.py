@@ -111,6 +111,9 @@ class ICLIPConfig(PreTrainedConfig):
         map_affinity (`float`, defaults to 0): sharpness of the average over similar patches. The token and the
             attention of each patch become the mean over all patches, weighted by softmax(map_affinity * cosine of the
             tokens). 0 disables the average.
+        map_cell_size (`int`, defaults to 0): side in pixels of the cells of a map, at most the side of a patch. The
+            image tower's tokens are resized to the grid of the cells, and so is the feature map of the feature tower,
+            which may be finer than the patches. Scores read the patches. With 0, the cells of a map are the patches.
         recognition_share (`float` in [0, 1), defaults to 0): weight w of the recognition branch in the map. The values
             of the map are (1 - w) times the cosine of the map branch plus w times the cosine of the recognition
             branch, whose projection of the average patch is applied to each patch. Requires
@@ -194,6 +197,7 @@ class ICLIPConfig(PreTrainedConfig):
     center_tokens: bool = _option(False, cached="patches")
     value_share: int | float = _option(0.0, "[0, 1]", cached=True)
     map_affinity: int | float = _option(0.0, "[0, inf)", cached="patches")
+    map_cell_size: int = _option(0, "[0, inf)")
     recognition_share: int | float = _option(0.0, "[0, 1)")
 
     # recognition and presence

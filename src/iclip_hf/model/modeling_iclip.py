@@ -14,7 +14,7 @@ from .pooled_towers import PooledTowers
 from .projections import ICLIPBranch, Projection, average_prompts, join_branches, normalize
 from .similarity import cosine_similarity_map, cosines, min_max_normalize
 from .tower_loading import check_weights, keep_absolute_path, load_tower, tower_config
-from .towers import EOS_TEXT_TOWERS
+from .towers import EOS_TEXT_TOWERS, resize_grid
 
 
 # Prefixes of the names of weights that belong to the model itself, not to a tower.
@@ -240,6 +240,13 @@ class ICLIPModel(PooledTowers):
         poolings = [*self.config.recognition_poolings, self.config.map_pooling]
         inputs = self.loss_inputs(self._pooled(image, poolings))
         averaged, map_attention = self._average_similar(self.centered_tokens(image.patch_tokens), attention)
+        cell_embeds = None
+        if cell_size := self.config.map_cell_size:
+            grid = tuple(side // cell_size for side in pixel_values.shape[-2:])
+            cells = self.centered_tokens(self.resize_tokens(image, grid))
+            cell_attention = resize_grid(attention.unsqueeze(-1), image.grid, grid).squeeze(-1)
+            cells, map_attention = self._average_similar(cells, cell_attention)
+            cell_embeds = self.embed_patches(cells).unflatten(1, grid)
         projected = self.recognition.visual_projection(inputs.pooled)
         map_image_embeds = None
         if inputs.map_pooled is not None:
@@ -252,6 +259,7 @@ class ICLIPModel(PooledTowers):
             image_embeds=normalize(projected),
             map_image_embeds=map_image_embeds,
             patch_embeds=self.embed_patches(averaged).unflatten(1, image.grid),
+            cell_embeds=cell_embeds,
             patch_tokens=image.patch_tokens,
             attention=attention,
             map_attention=map_attention,
@@ -329,13 +337,13 @@ class ICLIPModel(PooledTowers):
         """
         if isinstance(image, torch.Tensor):
             image = self.get_image_features(image)
-        return self.weigh_maps(cosine_similarity_map(image.patch_embeds, text.map_text_embeds), image, text)
+        return self.weigh_maps(cosine_similarity_map(image.map_embeds, text.map_text_embeds), image, text)
 
     def weigh_maps(
         self, maps: torch.FloatTensor, image: ICLIPImageFeatures, text: ICLIPTextFeatures
     ) -> torch.FloatTensor:
         """Weighs maps of cosines `(B, T, h, w)` by the class token's attention, as `config.map_attention` says."""
-        attention = image.map_attention.unflatten(-1, image.grid).unsqueeze(1).to(maps)
+        attention = image.map_attention.unflatten(-1, image.map_embeds.shape[1:3]).unsqueeze(1).to(maps)
         if self.config.map_attention == "similarity":
             maps = maps * attention
         elif self.config.map_attention in ("additive", "signed"):

@@ -43,13 +43,15 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
             `max_over="similarity"`, because this branch then has no image vector.
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with a `recognition_share`): unit
             vectors of the patches, which are compared with `map_text_embeds`.
+        cell_embeds (`torch.Tensor` of shape `(B, rows, columns, P)` or `(B, rows, columns, 2 P)`): the same unit
+            vectors on the grid of `config.map_cell_size`; None if maps have the grid of the patches.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`, or `(B, N, D + Df)` with a feature tower): patch tokens of
             the image tower after its final norm, each followed by the Df reduced features of the feature tower;
             row-major, N = h * w.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1]
             (Eq. 9).
-        map_attention (`torch.Tensor` of shape `(B, N)`): `attention`, averaged over similar patches, see
-            `config.map_affinity`.
+        map_attention (`torch.Tensor` of shape `(B, N)`, or `(B, rows * columns)` with `cell_embeds`): `attention`,
+            averaged over similar patches, see `config.map_affinity`.
         feature_average (`torch.Tensor` of shape `(B, Df)`): the vector that the recognition branch projects with
             `recognition_pooling="feature_average"`; None with other poolings.
     """
@@ -57,13 +59,14 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     image_embeds: torch.FloatTensor | None = None
     map_image_embeds: torch.FloatTensor | None = None
     patch_embeds: torch.FloatTensor | None = None
+    cell_embeds: torch.FloatTensor | None = None
     patch_tokens: torch.FloatTensor | None = None
     attention: torch.FloatTensor | None = None
     map_attention: torch.FloatTensor | None = None
     feature_average: torch.FloatTensor | None = None
 
     # fields that scores and maps are computed from
-    compared_fields = ("image_embeds", "patch_embeds", "attention", "map_attention")
+    compared_fields = ("image_embeds", "patch_embeds", "cell_embeds", "attention", "map_attention")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -71,6 +74,11 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
         Height and width of the patch grid. This is not a field, because fields are gathered over processes as tensors.
         """
         return tuple(self.patch_embeds.shape[1:3])
+
+    @property
+    def map_embeds(self) -> torch.FloatTensor:
+        """The unit vectors that maps are computed from, of the cells or the patches."""
+        return self.patch_embeds if self.cell_embeds is None else self.cell_embeds
 
 
 @dataclass

@@ -91,6 +91,13 @@ class ImageTokens(NamedTuple):
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
     feature_average: torch.Tensor | None = None  # (B, Df), with `recognition_pooling="feature_average"`
+    feature_map: torch.Tensor | None = None  # (B, C, rows, columns) of a feature tower, before the reduction
+
+
+def resize_grid(values: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Resizes values of patches `(B, N, C)` of a grid (height, width) bilinearly to another grid."""
+    resized = F.interpolate(values.mT.unflatten(-1, grid), new_grid, mode="bilinear", align_corners=False)
+    return resized.flatten(2).mT
 
 
 class ICLIPTowers(PreTrainedModel):
@@ -236,10 +243,10 @@ class ICLIPTowers(PreTrainedModel):
             attention = outputs.attentions[-1] if exchange.class_row is None else exchange.class_row
             raw_attention = attention[:, :, 0, patch_slice].float().mean(1).to(tokens.device)
         patch_tokens = tokens[:, patch_slice]
-        feature_average = None
+        feature_map = feature_average = None
         if self.feature_model is not None:
-            features, feature_average = self._encode_features(pixel_values, downsampled, grid, like=patch_tokens)
-            patch_tokens = torch.cat([patch_tokens, features], -1)
+            feature_map, feature_average = self._encode_features(pixel_values, downsampled, like=patch_tokens)
+            patch_tokens = torch.cat([patch_tokens, self._features_on(grid, feature_map).to(patch_tokens)], -1)
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=patch_tokens,
@@ -247,19 +254,27 @@ class ICLIPTowers(PreTrainedModel):
             grid=grid,
             tower_output=outputs,
             feature_average=feature_average,
+            feature_map=feature_map,
         )
+
+    def resize_tokens(self, image: ImageTokens, grid: tuple[int, int]) -> torch.FloatTensor:
+        """Returns patch tokens as of another grid, `(B, N, D)`: those of the image tower are resized."""
+        width = self.config.vision_config.hidden_size
+        tokens = resize_grid(image.patch_tokens[..., :width], image.grid, grid)
+        if image.feature_map is None:
+            return tokens
+        return torch.cat([tokens, self._features_on(grid, image.feature_map).to(tokens)], -1)
 
     @torch.no_grad()
     def _encode_features(
         self,
         pixel_values: torch.FloatTensor,
         downsampled: torch.FloatTensor,
-        grid: tuple[int, int],
         like: torch.FloatTensor,
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
         """
-        Runs the feature tower. Returns the features of the patches `(B, N, Df)` and, for
-        `recognition_pooling="feature_average"`, the mean of the feature map `(B, Df)`, with the type and on the device
+        Runs the feature tower. Returns its feature map, see `feature_map`, and, for
+        `recognition_pooling="feature_average"`, the mean of the reduced map `(B, Df)`, with the type and on the device
         of `like`.
         """
         feature_map, feature_average = self.feature_map(pixel_values), None
@@ -269,8 +284,13 @@ class ICLIPTowers(PreTrainedModel):
                 # The backbone may have learned from smaller images, where objects are smaller.
                 average = (average + self.feature_map(downsampled).mean((2, 3))) / 2
             feature_average = self.feature_reduction(average).to(like)
+        return feature_map, feature_average
+
+    @torch.no_grad()
+    def _features_on(self, grid: tuple[int, int], feature_map: torch.FloatTensor) -> torch.FloatTensor:
+        """Returns the reduced features of the patches of a grid `(B, N, Df)`."""
         on_grid = F.interpolate(feature_map, grid, mode="bilinear", align_corners=False).flatten(2).mT
-        return self.feature_reduction(on_grid).to(like), feature_average
+        return self.feature_reduction(on_grid)
 
     def feature_map(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """

@@ -60,8 +60,9 @@ async function answer({ blob, imageId, texts, refine }, tell) {
     if (asked) return;
     const { embeds, mapEmbeds, weight } = await encodeText(model, text);
     const cosines = numerics.similarities(image.patches, mapEmbeds);
+    const cells = image.cells ? numerics.similarities(image.cells, mapEmbeds) : cosines; // finer than patches
     const score = numerics.score(numerics.dot(image.embeds, embeds), cosines, settings.model);
-    let raw = numerics.rawMap(cosines, image.attention, settings.model, weight), grid = image.grid, unrefined = null;
+    let raw = numerics.rawMap(cells, image.attention, settings.model, weight), grid = image.grid, unrefined = null;
     if (refine) {
       unrefined = numerics.enlarge(raw, grid, ...image.size).levels;
       image.neighbours ??= numerics.neighbours(image.rgb, image.shape[1], image.shape[0]);
@@ -136,8 +137,8 @@ async function encodeImage({ ort, vision }, { rgb, shape, size }) {
   const outputs = await vision.run({ pixel_values: new ort.Tensor("float32", pixels, [1, 3, ...shape]) });
   const names = ["image_embeds", "patch_embeds", "map_attention"];
   const [embeds, patches, attention] = names.map((name) => outputs[name].data);
-  const grid = outputs.patch_embeds.dims.slice(1, 3);
-  return { embeds, patches, attention, rgb, shape, size, grid };
+  const grid = (outputs.cell_embeds ?? outputs.patch_embeds).dims.slice(1, 3);
+  return { embeds, patches, cells: outputs.cell_embeds?.data, attention, rgb, shape, size, grid };
 }
 
 // ------------------------------------------------------------------------------------------------------ the texts

@@ -23,7 +23,6 @@ from iclip_hf import ICLIPProcessor, ImageTextSimilarityMapPipeline, ZeroShotIma
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
-from iclip_hf.model import engine as engine_module
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import at_prior, presence_text
 from iclip_hf.model.prompts import split_texts
@@ -266,11 +265,18 @@ def test_engines_share_the_features_of_images(tiny_processor, recorded, size):
     torch.testing.assert_close(again.scores, expected[0][1].scores[2:], atol=1e-5, rtol=0)
 
 
+def every_text_is_another_thing(monkeypatch):
+    """Texts of a random model resemble each other. test_naming.py tests which texts name one thing."""
+    for name in ("SIMILAR_TEXTS", "SAME_PLACE"):
+        monkeypatch.setattr(f"iclip_hf.model.naming.{name}", 1.1)
+
+
 @pytest.mark.parametrize("method", ["itsm", "gem"])
 @pytest.mark.parametrize("size", [None, 48])
 def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method, size, monkeypatch):
-    """Without a text like a better one. All texts of the random model are rather like each other."""
-    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 0.999)
+    """Without a text like a better one."""
+    every_text_is_another_thing(monkeypatch)
+    monkeypatch.setattr("iclip_hf.model.naming.SIMILAR_TEXTS", 0.999)
     engine = engine_of(sigmoid_model(), tiny_processor, method, image_size=size)
     texts = ["grass", "car", "dog", "sky", "grass", "car", "dog"]
     embeds = engine.encode(texts).text_embeds
@@ -289,7 +295,7 @@ def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method
 
 @pytest.mark.parametrize("method", ["itsm", "gem"])
 def test_the_best_texts_are_among_those_that_are_wanted(tiny_processor, method, monkeypatch):
-    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 1.1)
+    every_text_is_another_thing(monkeypatch)
     engine, texts = engine_of(sigmoid_model(), tiny_processor, method), ["grass", "car", "dog", "sky"]
     asked = [[3, 0, 1], [2], []]
     images = [IMAGES[0]] * 3
@@ -303,7 +309,7 @@ def test_the_best_texts_are_among_those_that_are_wanted(tiny_processor, method, 
 
 
 def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny_processor, monkeypatch):
-    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 1.1)
+    every_text_is_another_thing(monkeypatch)
     engine = engine_of(sigmoid_model(), tiny_processor)
     priors = {"grass": 0.5, "car": 0.01, "dog": 0.9, "sky": 0.3}
     for one, even in zip(engine.run(IMAGES, priors, best=3), engine.run(IMAGES, [*priors])):
@@ -325,21 +331,8 @@ def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny
     assert alone.to_dict()["texts"][0]["prior"] == 2e-6
 
 
-def test_texts_are_alike_from_a_cosine_of_085():
-    cosines = [1.0, 0.87, 0.83]
-    embeds = torch.tensor([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines])
-    best, scores = engine_module._Best(2, min_presence=0.0), torch.tensor([[0.3, 0.2, 0.1]])
-    assert best.select(scores, None, embeds[None], [range(3)]) == [[0, 2]]
-
-
-def test_only_the_best_text_may_have_a_lower_presence():
-    best, embeds = engine_module._Best(3, min_presence=0.7), torch.eye(4).expand(2, 4, 4)
-    presence = torch.tensor([[0.71, 0.69, 0.9, 0.0], [0.1, 0.0, 0.2, 0.3]])
-    assert best.select(-presence, presence, embeds, [range(4)] * 2) == [[2, 0], [3]]
-
-
 def test_nouns_that_do_not_count_as_present_are_left_out(tiny_processor, monkeypatch):
-    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 1.1)
+    every_text_is_another_thing(monkeypatch)
     nouns, model = dict.fromkeys(["dog", "ball", "car", "sky"], 0.5), (sigmoid_model(), tiny_processor)
     for module in ("backends.embedded", "explainers.explain"):
         monkeypatch.setattr(f"iclip_hf.{module}.vocabulary", lambda: nouns)
@@ -351,7 +344,7 @@ def test_nouns_that_do_not_count_as_present_are_left_out(tiny_processor, monkeyp
 
 
 def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):
-    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 1.1)
+    every_text_is_another_thing(monkeypatch)
     nouns = dict.fromkeys(["dog", "ball", "car", "sky"], 0.1)
     for module in ("backends.embedded", "explainers.explain"):
         monkeypatch.setattr(f"iclip_hf.{module}.vocabulary", lambda: nouns)

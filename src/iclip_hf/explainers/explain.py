@@ -60,8 +60,9 @@ def explain(
         texts: labels for all images, as a list or in one string, see [`split_texts`]; or a mapping from each label to
             the prior of its presence; or, for a list of images, a list of labels for each image; or
             [`ICLIPTextFeatures`] of encoded texts or of other unit vectors, with the labels "0", "1", ... If not
-            given, the nouns of [`vocabulary`] with the highest presence, at most `NOUNS`. Nouns with a presence
-            below `min_presence` are left out, except for the best one. Priors that are not given are 0.5.
+            given, the nouns of [`vocabulary`] with the highest presence, at most `NOUNS`, one for each thing, see
+            [`~naming.best_texts`]. Nouns with a presence below `min_presence` are left out, except for the best one.
+            Priors that are not given are 0.5.
         method (`str`, *optional*), method_options: as for [`make_explainer`], which names the default.
         templates, image_size, multi_scale: as for [`Engine`]. With the templates `["{}"]`, texts are taken as they
             are.

@@ -34,8 +34,9 @@ from .batches import (
 )
 from .explanation import Explanation
 from .images import load_image
+from .naming import best_texts
 from .outputs import ICLIPImageFeatures, ICLIPTextFeatures
-from .presence import EVEN_PRIOR, at_prior, check_priors, is_present
+from .presence import EVEN_PRIOR, at_prior, check_priors
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
@@ -47,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 PROMPT_BATCH = 64
-# Texts whose features have at least this cosine resemble each other, so `best` takes only the better one.
-SIMILAR_TEXTS = 0.85
 
 
 class _Best(NamedTuple):
@@ -56,29 +55,6 @@ class _Best(NamedTuple):
 
     count: int
     min_presence: float
-
-    def select(
-        self,
-        scores: torch.Tensor,
-        presence: torch.Tensor | None,
-        text_embeds: torch.Tensor,
-        text_indices: Sequence[Sequence[int]],
-    ) -> list[list[int]]:
-        """
-        Returns for each image the indices of its best texts among its `text_indices`, best first. Scores and presence
-        have the shape `(B, T)`, the features of the texts `(B, T, P)`.
-        """
-        ranked_by, best = scores if presence is None else presence, []
-        for values, embeds, allowed in zip(ranked_by.tolist(), text_embeds, text_indices):
-            chosen = []
-            for index in sorted(allowed, key=values.__getitem__, reverse=True):
-                is_enough = presence is None or is_present(values[index], self.min_presence)
-                if chosen and (len(chosen) == self.count or not is_enough):
-                    break
-                if not chosen or (embeds[chosen] @ embeds[index]).max() < SIMILAR_TEXTS:
-                    chosen.append(index)
-            best.append(chosen)
-        return best
 
 
 class _Question(NamedTuple):
@@ -283,9 +259,9 @@ class Engine:
             batch_size (`int`): largest number of images in one forward pass. The images of one pass have the same
                 shape and the same number of texts.
             best (`int`, *optional*): highest number of texts to explain for each image: those with the highest
-                presence, or with the highest score if the model has no presence, best first. A text that resembles a
-                better one, such as "couch" after "sofa", is left out. `Explanation.all_scores` has all scores. For an
-                image with `text_indices`, only these texts count.
+                presence, or with the highest score if the model has no presence, best first. Of texts that name one
+                thing, such as "sofa" and "couch", one is explained ([`~naming.best_texts`]). `Explanation.all_scores`
+                has all scores. For an image with `text_indices`, only these texts count.
             encoded ([`ICLIPTextFeatures`], *optional*): the labels in `texts`, encoded.
             min_presence (`float` in [0, 1]): with `best`, other texts than the best one are left out if they have a
                 lower presence.
@@ -340,7 +316,7 @@ class Engine:
         """Explains B images of one `batch_key`, with T texts each."""
         images, label_indices = zip(*asked)
         labels, texts = question.select(label_indices)
-        scores, presence, mapped, raw_maps, unrefined_maps = self._answer(question, images, texts)
+        scores, presence, mapped, raw_maps, unrefined_maps = self._answer(question, images, labels, texts)
         explanations = []
         for position, (image, indices) in enumerate(zip(images, mapped)):
             explanation = Explanation(
@@ -359,7 +335,13 @@ class Engine:
             explanations.append(explanation)
         return explanations
 
-    def _answer(self, question: _Question, images: Sequence[PreparedImage], texts: ICLIPTextFeatures) -> _Answers:
+    def _answer(
+        self,
+        question: _Question,
+        images: Sequence[PreparedImage],
+        labels: Sequence[Sequence[str]],
+        texts: ICLIPTextFeatures,
+    ) -> _Answers:
         """Computes the scores of B images with texts `(B, T, P)`, and the maps of the best or the wanted texts."""
         batch = join_images(images)
         all_indices = range(texts.text_embeds.shape[1])
@@ -375,7 +357,8 @@ class Engine:
         batch = self._encode_views(batch, for_maps=maps is None and self.takes_features)
         scores, presence = self._score(batch.score_features, texts, question.priors)
         if question.best is not None:
-            mapped = question.best.select(scores, presence, texts.text_embeds, mapped)
+            map_texts = partial(self.model.similarity_maps, batch.score_features[0])
+            mapped = best_texts(labels, scores, presence, question.priors, texts, mapped, map_texts, *question.best)
             texts, text_indices = select_texts(texts, pad_indices(mapped)), None
         if maps is None:
             maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices, refine=False)
@@ -397,13 +380,8 @@ class Engine:
             views = [*(features or self.tiling.views(batch.pixel_values))]  # features or pixel values
             if batch.score_pixel_values is not None:
                 views[0] = batch.score_pixel_values  # the whole image, at the model's own size
-            score_features = [self._for_scores(self._features(view)) for view in views]
+            score_features = [map_tensors(torch.Tensor.detach, self._features(view)) for view in views]
         return replace(batch, features=features, score_features=score_features)
-
-    @staticmethod
-    def _for_scores(features: ICLIPImageFeatures) -> ICLIPImageFeatures:
-        """Keeps only the features that scores are computed from."""
-        return ICLIPImageFeatures(image_embeds=features.image_embeds, patch_embeds=features.patch_embeds)
 
     def _score(
         self, view_features: Sequence[ICLIPImageFeatures], texts: ICLIPTextFeatures, priors: torch.Tensor | None

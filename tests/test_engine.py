@@ -22,7 +22,7 @@ from transformers import CLIPImageProcessor, SamConfig, SamImageProcessor, SamMo
 from iclip_hf import ICLIPProcessor, ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, draw
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
-from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
+from iclip_hf.explainers import METHODS, Explainer, explainer_class, make_explainer, register_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import at_prior, presence_text
 from iclip_hf.model.prompts import split_texts
@@ -306,6 +306,18 @@ def test_the_best_texts_are_among_those_that_are_wanted(tiny_processor, method, 
         torch.testing.assert_close(one.all_scores, whole.all_scores, atol=1e-5, rtol=0)
         if best:
             torch.testing.assert_close(one.raw_maps, whole.raw_maps[best], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_maps_of_the_best_texts_do_not_depend_on_the_batch(tiny_processor, method, monkeypatch):
+    """Some methods compare the texts of an image, of which another image may have more."""
+    every_text_is_another_thing(monkeypatch)
+    engine, texts = engine_of(sigmoid_model(), tiny_processor, method), ["grass", "car", "dog", "sky"]
+    images = [engine.prepare(IMAGES[0], text_indices=indices) for indices in ([3, 0, 1], [2], [1, 2])]
+    for image, together in zip(images, engine.run(images, texts, best=3)):
+        (alone,) = engine.run([image], texts, best=3)
+        assert alone.labels == together.labels
+        torch.testing.assert_close(together.maps, alone.maps, atol=1e-3, rtol=0)
 
 
 def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny_processor, monkeypatch):

@@ -15,10 +15,10 @@ from dataclasses import replace
 from functools import partial
 from inspect import signature
 from operator import itemgetter
-from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .batches import (
@@ -39,6 +39,7 @@ from .outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from .presence import EVEN_PRIOR, at_prior, check_priors
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
+from .questions import Answers, AskedImage, Best, Question
 from .refinement import refine_maps
 from .similarity import check_finite, check_map_size
 from .windows import Tiling, TwoScales, WholeImage
@@ -48,52 +49,6 @@ logger = logging.getLogger(__name__)
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 PROMPT_BATCH = 64
-
-
-class _Best(NamedTuple):
-    """How many texts an image is explained with, see [`Engine.run`]."""
-
-    count: int
-    min_presence: float
-
-
-class _Question(NamedTuple):
-    """The texts that images are asked about, in one form."""
-
-    labels: list[str]  # T labels: those of all images, or the different ones among the lists of the images
-    encoded: ICLIPTextFeatures  # (T, P)
-    priors: torch.Tensor | None = None  # of the presence of the labels, (T,); None for 0.5
-    label_indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
-    best: _Best | None = None  # which labels are explained; None for all
-
-    def select(self, label_indices: Sequence[list[int] | None]) -> tuple[list[list[str]], ICLIPTextFeatures]:
-        """Returns the labels of B images, equally many for each, and their features `(B, T, P)`."""
-        if label_indices[0] is None:
-            return [self.labels] * len(label_indices), for_images(self.encoded, len(label_indices))
-        labels = [[self.labels[index] for index in image_indices] for image_indices in label_indices]
-        return labels, select_texts(self.encoded, torch.tensor(label_indices))
-
-
-class _AskedImage(NamedTuple):
-    """An image with the labels that it is asked about."""
-
-    image: PreparedImage
-    label_indices: list[int] | None  # None for all
-
-    @property
-    def batch_key(self) -> tuple:
-        """Images with equal keys can be explained together."""
-        return self.image.batch_key, None if self.label_indices is None else len(self.label_indices)
-
-
-class _Answers(NamedTuple):
-    """The scores of B images with T texts, and the maps of some of these texts, on the CPU."""
-
-    scores: torch.Tensor  # (B, T)
-    presence: torch.Tensor | None  # (B, T)
-    mapped: list[list[int]]  # for each image the indices of the texts with maps; S is their largest number
-    raw_maps: torch.Tensor  # (B, S, h, w)
-    unrefined_maps: torch.Tensor | None  # (B, S, h, w), if `raw_maps` are refined
 
 
 class Engine:
@@ -274,13 +229,13 @@ class Engine:
                 raise ValueError(f"{name} is at least 1, not {number}.")
         question = self._question(texts, encoded)
         if best is not None:
-            question = question._replace(best=_Best(best, min_presence))
+            question = question._replace(best=Best(best, min_presence))
         return self._explanations(images, question, batch_size)
 
-    def _question(self, texts, encoded: ICLIPTextFeatures | None) -> _Question:
+    def _question(self, texts, encoded: ICLIPTextFeatures | None) -> Question:
         """Brings the texts of `run` to one form, and encodes them unless they are `encoded`."""
         if isinstance(texts, ICLIPTextFeatures):
-            return _Question([str(index) for index in range(len(texts.text_embeds))], texts)
+            return Question([str(index) for index in range(len(texts.text_embeds))], texts)
         priors = label_indices = None
         if isinstance(texts, Mapping):
             check_priors(texts)
@@ -295,24 +250,25 @@ class Engine:
             labels = list(dict.fromkeys(itertools.chain(*lists)))
             index_of = {label: index for index, label in enumerate(labels)}
             label_indices = [[index_of[label] for label in image_labels] for image_labels in lists]
-        return _Question(labels, self.encode(labels) if encoded is None else encoded, priors, label_indices)
+        return Question(labels, self.encode(labels) if encoded is None else encoded, priors, label_indices)
 
-    def _explanations(self, images: Iterable, question: _Question, batch_size: int) -> Iterator[Explanation | None]:
+    def _explanations(self, images: Iterable, question: Question, batch_size: int) -> Iterator[Explanation | None]:
         """Yields the explanations of images in their order, computed in batches."""
         label_indices = question.label_indices or itertools.repeat(None)
         images_with_indices = zip(images, label_indices, strict=question.label_indices is not None)
         while batch := list(itertools.islice(images_with_indices, batch_size)):
             asked = [
-                _AskedImage(self.prepare(image) if isinstance(image, Image.Image) else image, indices)
+                AskedImage(self.prepare(image) if isinstance(image, Image.Image) else image, indices)
                 for image, indices in batch
                 if image is not None
             ]
             keys = [image.batch_key for image in asked]
-            explanations = iter(map_groups(partial(self._explain, question), asked, keys))
-            yield from (None if image is None else next(explanations) for image, _ in batch)
+            positions = [position for position, (image, _) in enumerate(batch) if image is not None]
+            explained = dict(zip(positions, map_groups(partial(self._explain, question), asked, keys)))
+            yield from map(explained.get, range(len(batch)))
 
     @torch.no_grad()
-    def _explain(self, question: _Question, asked: Sequence[_AskedImage]) -> list[Explanation]:
+    def _explain(self, question: Question, asked: Sequence[AskedImage]) -> list[Explanation]:
         """Explains B images of one `batch_key`, with T texts each."""
         images, label_indices = zip(*asked)
         labels, texts = question.select(label_indices)
@@ -337,11 +293,11 @@ class Engine:
 
     def _answer(
         self,
-        question: _Question,
+        question: Question,
         images: Sequence[PreparedImage],
         labels: Sequence[Sequence[str]],
         texts: ICLIPTextFeatures,
-    ) -> _Answers:
+    ) -> Answers:
         """Computes the scores of B images with texts `(B, T, P)`, and the maps of the best or the wanted texts."""
         batch = join_images(images)
         all_indices = range(texts.text_embeds.shape[1])
@@ -359,14 +315,28 @@ class Engine:
         if question.best is not None:
             map_texts = partial(self.model.similarity_maps, batch.score_features[0])
             mapped = best_texts(labels, scores, presence, question.priors, texts, mapped, map_texts, *question.best)
-            texts, text_indices = select_texts(texts, pad_indices(mapped)), None
-        if maps is None:
+            maps = self._best_maps(batch, texts, mapped)
+        elif maps is None:
             maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices, refine=False)
         unrefined = None
         if self.refine and maps.shape[1]:
             unrefined, maps = maps, refine_maps(maps, batch.pixel_values.to(maps.device))
         scores, presence, maps, unrefined = map_tensors(torch.Tensor.cpu, [scores, presence, maps, unrefined])
-        return _Answers(scores, presence, [*map(list, mapped)], maps, unrefined)
+        return Answers(scores, presence, [*map(list, mapped)], maps, unrefined)
+
+    def _best_maps(self, batch: ImageBatch, texts: ICLIPTextFeatures, best: Sequence[Sequence[int]]) -> torch.Tensor:
+        """
+        Computes the maps `(B, S, h, w)` of the best of texts `(B, T, P)`, at most S of an image. Images with equally
+        many are mapped together, because some methods compare the texts of an image.
+        """
+
+        def maps_of(rows: list[int]) -> torch.Tensor:
+            rows_of_texts, features = map_tensors(lambda values: values[rows], [texts, batch.features])
+            selected = select_texts(rows_of_texts, torch.tensor([best[row] or [0] for row in rows]))
+            maps, _ = self.raw_maps(batch.pixel_values[rows], selected, features, refine=False)
+            return maps[:, : len(best[rows[0]])]
+
+        return pad_sequence(map_groups(maps_of, range(len(best)), map(len, best)), batch_first=True)
 
     def _encode_views(self, batch: ImageBatch, for_maps: bool) -> ImageBatch:
         """

@@ -33,10 +33,8 @@ class FeatureTower(TimmWrapperModel):
         Returns the mean and standard deviation that convert pixel values of an image processor to the pixel values
         that this tower was trained with.
         """
-        pretrained = {
-            **self.timm_model.pretrained_cfg,
-            **getattr(self.config, "pretrained_cfg", {}),
-        }  # the checkpoint's
+        # The checkpoint's values precede timm's.
+        pretrained = {**self.timm_model.pretrained_cfg, **getattr(self.config, "pretrained_cfg", {})}
         means, stds = image_processor.image_mean, image_processor.image_std
         converted = [(wanted - mean) / std for wanted, mean, std in zip(pretrained["mean"], means, stds)]
         return converted, [wanted / std for wanted, std in zip(pretrained["std"], stds)]

@@ -45,7 +45,8 @@ class FeatureTower(TimmWrapperModel):
         # Offloaded weights are not in memory, and weights made in inference mode have no version.
         foldable = all(weight.device.type == "cpu" and not weight.is_inference() for weight in weights)
         hooked = any(module._forward_pre_hooks or module._forward_hooks for module in self.timm_model.modules())
-        if not foldable or hooked or self.training or torch.compiler.is_compiling():
+        hidden_states = kwargs.get("output_hidden_states")  # those of the copy may be mirrored
+        if not foldable or hooked or hidden_states or self.training or torch.compiler.is_compiling():
             return super().forward(pixel_values, **kwargs)
         return super(FeatureTower, self._folded(weights)).forward(pixel_values, **kwargs)
 
@@ -85,4 +86,34 @@ def _fold_batch_norms(tower: nn.Module) -> nn.Module:
             if type(conv) in (nn.Conv2d, Conv2dSame) and isinstance(norm, BatchNormAct2d):
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, norm.act)
+    _mirror(tower.timm_model)
     return tower
+
+
+@torch.no_grad()
+def _mirror(network: nn.Module) -> None:
+    """
+    Makes an EfficientNet mirror its input, compute with mirrored kernels, and mirror its output. The output stays the
+    same, and no map is copied to pad it, which would make an explanation by the embedded model 7 % slower.
+
+    TensorFlow pads an even side by one pixel more at its end than at its start, and `Conv2dSame` copies the map for
+    this padding. A mirrored map has the additional pixel at its start. PyTorch's own padding also has it at the end,
+    where a stride of 2 does not read it.
+    """
+    from timm.layers import Conv2dSame
+    from timm.models import EfficientNet
+
+    layers = [layer for layer in network.modules() if [*layer.parameters(False), *layer.buffers(False)]]
+    strides = {nn.Conv2d: (1, 1), Conv2dSame: (2, 2)}
+    all_fit = all(
+        type(layer) in strides and layer.stride == strides[type(layer)] and layer.kernel_size[0] % 2
+        for layer in layers
+    )
+    if type(network) is not EfficientNet or not all_fit:
+        return
+    for layer in layers:
+        layer.weight.copy_(layer.weight.flip(2, 3))
+        if type(layer) is Conv2dSame:
+            layer.__class__, layer.padding = nn.Conv2d, tuple(side // 2 for side in layer.kernel_size)
+    network.conv_stem.register_forward_pre_hook(lambda _, inputs: inputs[0].flip(2, 3))
+    network.conv_head.register_forward_hook(lambda _, inputs, output: output.flip(2, 3))

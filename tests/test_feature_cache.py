@@ -115,7 +115,7 @@ def test_filling_a_cache_goes_on_where_it_stopped(tmp_path, tiny_processor, monk
         return encode_image(pixel_values)
 
     def is_killed_at_the_second(store, keys, features):
-        if len(list(store.folder.glob("*.npy"))) == 4:
+        if len(list(store.folder.glob("*.keys.npy"))) == 4:
             raise SystemExit
         add(store, keys, features)
 
@@ -134,30 +134,30 @@ def test_filling_a_cache_goes_on_where_it_stopped(tmp_path, tiny_processor, monk
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("size", [0, 100, 400, -1])
-def test_a_file_that_lost_its_end_is_named(tmp_path, size):
-    """After a loss of power or an interrupted copy. Its records would be read from memory that nobody has written."""
+@pytest.mark.parametrize("size", [0, 100, -1])
+@pytest.mark.parametrize("part", ["keys", "records"])
+def test_a_file_that_lost_its_end_is_named(tmp_path, part, size):
+    """After a loss of power, an interrupted copy or a full disk."""
     store = FeatureStore(tmp_path)
     store.add([bytes([number]) * 32 for number in range(1, 9)], {"text": np.ones((8, 16), np.float32)})
-    (path,) = tmp_path.glob("*.npy")
+    (path,) = tmp_path.glob(f"*.{part}.npy")
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(OSError, match=f"{path.name}: this file of cached features is not complete; delete it"):
+    with pytest.raises(OSError, match=f"{path.name.partition('.')[0]}.* not complete; delete"):
         store.reload()
 
 
-def test_a_cache_of_many_files_keeps_none_open(tmp_path):
+def test_a_cache_of_many_files_keeps_few_open(tmp_path):
     """As of a million images, for which a process has 1024 descriptors."""
     store = FeatureStore(tmp_path)
-    for number in range(30):
+    for number in range(120):
         store.add([bytes([number, row] * 16) for row in range(3)], {"a": np.full((3, 2, 4), number), "b": np.eye(3)})
     store.reload()
-    places, open_files = store.find([bytes([number, 1] * 16) for number in range(30)]), os.listdir("/proc/self/fd")
-    records = store[places]
-    assert records["a"][:, 1, 3].tolist() == [*range(30)] and records["b"][17].tolist() == [0, 1, 0]
-    assert len(os.listdir("/proc/self/fd")) == len(open_files)
+    records = store[store.find([bytes([number, 1] * 16) for number in range(120)])]
+    assert records["a"][:, 1, 3].tolist() == [*range(120)] and records["b"][17].tolist() == [0, 1, 0]
+    open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert sum(file.startswith(str(tmp_path)) for file in open_files) <= 100
     with pytest.raises(KeyError):
         store[store.find([b"a" * 32])]
-    assert not [file for file in open_files if os.path.realpath(f"/proc/self/fd/{file}").startswith(str(tmp_path))]
 
 
 ANOTHER_RUN = """

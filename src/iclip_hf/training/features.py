@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 # A file is written after this number of bytes or seconds, so that files are few and a killed run loses little.
 _BYTES_OF_FILE, _SECONDS_OF_FILE = 2**28, 60
-# Raise this number if a release computes other features than the one before, such as by `representative_patches`.
-_VERSION = 4
+# Raise this number if a release computes other features than the one before, or stores them otherwise.
+_VERSION = 5
 
 
 class FeatureStore:
@@ -41,26 +42,35 @@ class FeatureStore:
     added atomically and never changed, so that several processes and runs can share the folder, and an interrupted run
     can go on.
 
-    A key is the digest of an image or a text, 32 bytes. A file holds two numpy arrays, one behind the other: the keys,
-    and for each key a record of named float16 arrays. Records are numbered over all files that this store has found.
-    Each record is read from the disk as one block. Files are not mapped into memory, because the features of many
-    images are larger than the memory, and are read in random order.
+    A key is the digest of an image or a text, 32 bytes. The features of several keys are in two numpy files:
+    `<name>.records.npy` has a record of named float16 arrays for each key, and `<name>.keys.npy` has the keys. Records
+    are numbered over all files that this store has found.
     """
 
     def __init__(self, folder: Path):
         self.folder, self._keys, self._record_type = folder, np.empty(0, "S32"), None
-        self._files = {}  # the byte at which the records of each file begin
-        self._ends = []  # the index behind the records of each file
+        self._files: dict[Path, int] = {}  # the files of records, with the index of their first record
         self.reload()
 
     def reload(self) -> None:
-        """Finds the files that other processes have added. The indices of known records stay the same."""
+        """
+        Finds the files that other processes have added. The indices of known records stay the same. Raises `OSError`
+        if a part of a file is missing, as after a loss of power or an interrupted copy.
+        """
         keys = [self._keys]
-        for path in sorted(self.folder.glob("*.npy")):
-            if path not in self._files:
-                new_keys, self._record_type, self._files[path] = _read_header(path)
-                keys.append(new_keys)
-                self._ends.append(sum(map(len, keys)))
+        for keys_file in sorted(self.folder.glob("*.keys.npy")):
+            file = keys_file.with_name(keys_file.name.replace(".keys.", ".records."))
+            if file in self._files:
+                continue
+            try:
+                new_keys, self._record_type = np.load(keys_file), _records_of(file).dtype
+            except (EOFError, ValueError) as error:
+                raise OSError(
+                    f"{file}: the cached features in this file are not complete; delete it and {keys_file.name}, then "
+                    "run again."
+                ) from error
+            self._files[file] = sum(map(len, keys))
+            keys.append(new_keys)
         self._keys = np.concatenate(keys)
         self._order = np.argsort(self._keys, kind="stable")
 
@@ -82,27 +92,21 @@ class FeatureStore:
         for name, array in parts:
             records[name] = array
         stem = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
-        with atomic_write(self.folder / f"{stem}.npy") as partial, open(partial, "wb") as file:
-            for array in (np.array(keys, "S32"), records):
-                # `np.save` raises no error if the disk is full at the end of the array.
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-                file.write(array)
+        # The keys come last: records without keys are not found.
+        for name, array in (("records", records), ("keys", np.array(keys, "S32"))):
+            with atomic_write(self.folder / f"{stem}.{name}.npy") as partial, open(partial, "wb") as file:
+                np.save(file, array)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """Returns the records with these indices, (num_indices,). Raises `KeyError` if an index is -1."""
         if (indices < 0).any():
             raise KeyError(f"{self.folder} has no features of {(indices < 0).sum()} of {len(indices)} items.")
         records = np.empty(len(indices), self._record_type)
-        memory, size = memoryview(records.view(np.uint8)), records.itemsize
-        files = [*self._files.items()]
-        file_indices = np.searchsorted(self._ends, indices, side="right")
-        for file_index in np.unique(file_indices):
-            path, start = files[file_index]
-            first = self._ends[file_index - 1] if file_index else 0
-            with open(path, "rb", buffering=0) as file:
-                for position in np.flatnonzero(file_indices == file_index).tolist():
-                    file.seek(start + int(indices[position] - first) * size)
-                    file.readinto(memory[position * size : (position + 1) * size])
+        files, starts = [*self._files], [*self._files.values()]
+        file_numbers = np.searchsorted(starts, indices, side="right") - 1
+        for number in np.unique(file_numbers):
+            is_in_file = file_numbers == number
+            records[is_in_file] = _records_of(files[number])[indices[is_in_file] - starts[number]]
         return records
 
     def fill(
@@ -176,22 +180,10 @@ class FeatureStore:
             self.add([*chain.from_iterable(keys)], joined)
 
 
-def _read_header(path: Path) -> tuple[np.ndarray, np.dtype, int]:
-    """
-    Returns the keys of a file, the type of its records, and the byte at which they begin. Raises `OSError` if a part
-    of the file is missing, as after a loss of power or an interrupted copy.
-    """
-    with open(path, "rb") as file:
-        try:
-            keys = np.load(file)
-            np.lib.format.read_magic(file)
-            *_, record_type = np.lib.format.read_array_header_1_0(file)
-        except (EOFError, ValueError):
-            record_type = None
-        start = file.tell()
-    if record_type is None or path.stat().st_size != start + len(keys) * record_type.itemsize:
-        raise OSError(f"{path}: this file of cached features is not complete; delete it, then run again.")
-    return keys, record_type, start
+@lru_cache(maxsize=100)  # a large cache has more files than a process may keep open
+def _records_of(file: Path) -> np.ndarray:
+    """Maps a file of records into memory."""
+    return np.load(file, mmap_mode="r")
 
 
 class _PixelValues(Dataset):

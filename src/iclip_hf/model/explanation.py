@@ -54,9 +54,6 @@ class Explanation:
         method (`str`, *optional*): name of the method that computed the maps.
         refined (`bool`): whether the maps are refined by the colours of the image, see [`refine_maps`]. Refined maps
             show edges of the image, which the model may not use.
-
-    Raises:
-        `ValueError`: thresholds or `min_presence` are outside [0, 1], or the number of thresholds is not T.
     """
 
     labels: list[str]
@@ -154,29 +151,25 @@ class Explanation:
         return resize_and_normalize(self.raw_maps[[self.index(text)]], self.size)[0]
 
     def mask(self, text: int | str = 0, threshold: float | None = None) -> torch.Tensor:
-        """
-        Returns the mask of one text, `(H, W)` boolean. The default threshold is that of the explanation. Raises
-        `ValueError` if `threshold` is outside [0, 1].
-        """
+        """Returns the mask of one text, `(H, W)` boolean. The default threshold is that of the explanation."""
         return self.map_and_mask(text, threshold)[1]
 
     def map_and_mask(self, text: int | str = 0, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the map and the mask of one text. The map is computed once for both. Raises as `mask`."""
+        """Returns the map and the mask of one text. The map is computed once for both."""
         index = self.index(text)
         threshold = self._threshold(index) if threshold is None else threshold
         heatmap = self.map(index)
         return heatmap, (heatmap > check_thresholds(threshold, 1).float()) & self.present[index]
 
     def regions(self, text: int | str = 0, threshold: float | None = None) -> list[Region]:
-        """Returns the connected parts of the mask of one text, best first, see [`find_regions`]. Raises as `mask`."""
+        """Returns the connected parts of the mask of one text, best first, see [`find_regions`]."""
         return find_regions(*(part.numpy() for part in self.map_and_mask(text, threshold)))
 
     def label_map(self, threshold: float | None = None, background: Sequence[int | str] = ()) -> torch.Tensor:
         """
         Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64. Where masks of present
         texts overlap, the texts compete, see [`~label_maps.label_map`]. `background` lists texts that describe the
-        background. The default threshold is that of the explanation. Raises `ValueError` if `threshold` is outside
-        [0, 1].
+        background. The default threshold is that of the explanation.
         """
         return label_map(
             self.raw_maps,
@@ -293,9 +286,6 @@ def coco_annotations(
         list of `dict`, one for each region, ordered by text, then best first: `id`, `image_id`, `category_id`,
         `segmentation` (run lengths, see [`run_lengths`]), `area` in pixels, `bbox` ([x, y, width, height] in pixels),
         `iscrowd` (0), and `score`, the mean of the map over the region, in [0, 1].
-
-    Raises:
-        `ValueError`: the number of categories is not T.
     """
     category_ids = range(1, len(explanation) + 1) if category_ids is None else category_ids
     annotations = []

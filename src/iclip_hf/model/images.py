@@ -127,7 +127,7 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
-    """Converts a PIL image to 8-bit RGB as [`load_image`] does, but without rotation. Raises as [`load_image`]."""
+    """Converts a PIL image to 8-bit RGB as [`load_image`] does, but without rotation."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I"):  # "I;16" in its byte orders, or "I"

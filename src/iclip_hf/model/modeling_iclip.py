@@ -60,10 +60,7 @@ class ICLIPModel(PooledTowers):
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.text_pooling == "eos":
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # the width of SigLIP's head
-        pooled_dims = {
-            "class_token": image_dim,
-            "feature_average": config.feature_dim,
-        }
+        pooled_dims = {"class_token": image_dim, "feature_average": config.feature_dim}
         recognition_dim = sum(pooled_dims.get(pooling, config.patch_dim) for pooling in config.recognition_poolings)
         self.recognition = ICLIPBranch(config, recognition_dim, text_dim, recognises=True)
         self.interpretability = None
@@ -153,10 +150,6 @@ class ICLIPModel(PooledTowers):
 
         Returns:
             [`ICLIPModel`] in eval mode.
-
-        Raises:
-            `OSError`, `ValueError`: a folder or id has no model, or a tower is not supported. Options raise as in
-                [`ICLIPConfig`].
         """
         checkpoints = {"vision_config": vision, "text_config": text}
         if features:
@@ -400,10 +393,6 @@ class ICLIPModel(PooledTowers):
 
         Returns:
             [`ICLIPOutput`].
-
-        Raises:
-            `ValueError`: images or texts are missing; H or W is not a multiple of the patch size; or, with
-                `return_loss` and without nouns, the number of texts is not B.
         """
         tokenized = (input_ids, attention_mask, token_type_ids)
         encoded_texts = text_inputs if return_loss else text_features

@@ -121,7 +121,7 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> "ICLIPProcessor":
         """
         Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins
-        the towers. Raises `OSError` or `ValueError` if a folder or id has no image processor or no tokenizer.
+        the towers.
 
         Args:
             vision, text (`str`): folders or Hub ids of the towers.
@@ -169,12 +169,6 @@ class ICLIPProcessor(ProcessorMixin):
         Returns:
             `BatchFeature` with `pixel_values` of shape `(B, 3, H, W)`, `input_ids` and `attention_mask` of shape
             `(T * num_templates, L)` or `(B, T * num_templates, L)`, and `num_templates` where there are several.
-
-        Raises:
-            `ValueError`: images, texts or lists are empty; both `text` and `labels` are given; a template has no `{}`;
-                images have different shapes with `shortest_edge`, or another size with `do_resize=False`; a keyword is
-                given flat and in a dictionary such as `images_kwargs`; or an image is invalid, not finite or out of
-                the range of its type. `OSError`, `TypeError`: an image cannot be loaded, see [`load_image`].
         """
         if text is not None and (labels is not None or templates is not None):
             raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")
@@ -307,8 +301,7 @@ class ICLIPProcessor(ProcessorMixin):
         presence: torch.Tensor | None = None,
     ) -> list[Explanation]:
         """
-        Converts outputs to explanations, which compute maps, masks, regions and points. Raises `ValueError` if the
-        outputs have no maps.
+        Converts outputs to explanations, which compute maps, masks, regions and points.
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
@@ -340,8 +333,7 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> list[torch.Tensor]:
         """
         Converts outputs to label maps: the text of each pixel, or -1 for the background, see
-        [`~label_maps.label_map`]. Raises `ValueError` if outputs have no maps, if `min_presence` or a threshold is
-        outside [0, 1], or if the number of thresholds is not T.
+        [`~label_maps.label_map`].
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.

@@ -54,9 +54,7 @@ TEXT_TOWERS = (
 
 
 def check_text_tower(config: PreTrainedConfig) -> None:
-    """
-    Raises `ValueError` unless the type of a text tower is supported.
-    """
+    """Raises `ValueError` unless the type of a text tower is supported."""
     if config.model_type not in TEXT_TOWERS:
         raise ValueError(f"A text tower is one of {', '.join(TEXT_TOWERS)}, not {config.model_type!r}.")
 

@@ -213,9 +213,7 @@ class ICLIPTowers(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, **kwargs)
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
-        """
-        Runs the image towers on `(B, 3, H, W)`. Raises `ValueError` unless H and W are multiples of the patch size.
-        """
+        """Runs the image towers on `(B, 3, H, W)`. H and W are multiples of the patch size."""
         tower_type, patch_size = VISION_TOWERS[self.config.vision_config.model_type], patch_side(self.config)
         height, width = pixel_values.shape[-2:]
         if height % patch_size or width % patch_size:  # towers would leave out the rest
@@ -295,7 +293,7 @@ class ICLIPTowers(PreTrainedModel):
     def feature_map(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """
         Returns the last feature map of the feature tower, `(B, C, rows, columns)` before the reduction, for pixel
-        values `(B, 3, H, W)`. The tower has a grid of its own. Raises `ValueError` if the tower has no such map.
+        values `(B, 3, H, W)`. The tower has a grid of its own.
         """
         if self.config.feature_image_mean is not None:
             statistics = (self.config.feature_image_mean, self.config.feature_image_std)
@@ -307,14 +305,7 @@ class ICLIPTowers(PreTrainedModel):
         # computing them. A graph does not split the images, because it takes any number of them.
         one_by_one = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
         parts = pixel_values.split(1) if one_by_one else [pixel_values]
-        feature_map = torch.cat([self.feature_model(part, do_pooling=False).last_hidden_state for part in parts])
-        channels = self.feature_reduction.in_features
-        if feature_map.ndim != 4 or feature_map.shape[1] != channels:
-            raise ValueError(
-                f"{self.config.feature_config.architecture} returns no feature map of {channels} channels: use a "
-                "convolutional backbone of timm."
-            )
-        return feature_map
+        return torch.cat([self.feature_model(part, do_pooling=False).last_hidden_state for part in parts])
 
     def encode_text(
         self,

@@ -205,19 +205,6 @@ def test_commas_separate_texts(workspace, tmp_path, capsys, command):
     assert "--text" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("has_instructions", [True, False])
-def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(
-    dtype, has_instructions, workspace, monkeypatch, caplog
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions, raising=False)
-    load(str(workspace / "model"), dtype=dtype)
-    warned = "no instructions for bfloat16" in caplog.text
-    assert warned == (dtype == "bfloat16" and not has_instructions)
-
-
 def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     image, output = workspace / "0" / "a.jpg", tmp_path / "out.png"
     arguments = [image, "--text", "red ball", "--text", "dog", "--threshold", "0.8", "--min-presence", "0"]

@@ -78,7 +78,6 @@ ARGUMENTS = {
             --threshold no.json
             --template photo
             --output a.exe
-            --device meta
         """,
         "explain --text dog --model {model}": "{photo} {photo} --output a.png",
         "compare {photo} --model {model} --text dog": "--dataset folder",

@@ -504,18 +504,6 @@ def test_init_runs_no_code_of_an_image_processor_and_asks_nothing(towers, tmp_pa
     assert str(folder) in capsys.readouterr().err and not asked and not (tmp_path / "ran").exists()
 
 
-def test_init_says_what_it_downloads_before_it_waits(towers, tmp_path, capsys, monkeypatch):
-    said = []
-
-    def unreachable(name):
-        said.append(capsys.readouterr().err)
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("iclip_hf.hub.folders.resolve_revision", unreachable)
-    assert init(towers, tmp_path / "new", text="org/text-tower") == 2
-    assert len(said) == 1 and "org/text-tower" in said[0] and list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("embedded_folder")
 def test_init_writes_the_embedded_model_with_its_figures(tmp_path):

@@ -131,26 +131,13 @@ def test_a_folder_of_the_name_of_an_owner_hides_no_hub_id(tmp_path, monkeypatch)
     assert check_model_name("openai/clip-vit-base-patch16") == "openai/clip-vit-base-patch16"
 
 
-def test_a_file_is_no_model(world):
-    file = world.folder / "model" / "model.safetensors"
-    with pytest.raises(NotADirectoryError, match=f"^{file}: a model is a folder, and this is a file; name its folder"):
-        load(file)
-
-
-def test_a_folder_of_an_adapter_is_called_one(world, tmp_path):
-    folder = copied(world, tmp_path / "adapter", adapter_config={"peft_type": "LORA"})
-    (folder / "config.json").unlink()
-    for loader in (load, load_iclip):
-        with pytest.raises(ValueError, match=r"adapter: this folder holds an adapter.*tuple \(model, processor\)"):
-            loader(folder)
-
-
-def test_the_folder_of_an_unfinished_training_names_its_checkpoint(world, tmp_path):
-    copied(world, tmp_path / "run" / "checkpoint-5")
-    with pytest.raises(FileNotFoundError, match="run: there is no model.*config.json; resume.*or take .*checkpoint-5"):
-        load(tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}: there is no model.*; check the path.$"):
-        load(tmp_path)
+@pytest.mark.parametrize("name", ["model/model.safetensors", "towers", "absent", "embeded"])
+def test_a_name_of_no_model_is_refused(world, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "towers").mkdir()
+    shutil.copytree(world.folder / "model", tmp_path / "model")
+    with pytest.raises(OSError, match=f"^{name}: "):
+        load(name)
 
 
 def test_without_the_hub_a_model_is_refused_at_once(offline, monkeypatch):

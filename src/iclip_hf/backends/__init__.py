@@ -5,7 +5,6 @@ Models that explain. This module checks their names without torch, so that the h
 import json
 import os
 from collections.abc import Collection
-from difflib import get_close_matches
 from pathlib import Path
 
 from ..utils.hub_ids import is_hub_id
@@ -41,33 +40,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     """
     Checks and returns the name of a model: `"embedded"`, a folder, or a Hub id. Only loading checks that a Hub id
-    exists. Raises `FileNotFoundError` for any other name, and `OSError` or `ValueError` for a file, and for a folder
-    without a readable config.json, or with a model whose type is not one of `types`.
+    exists. Raises `OSError` for any other name, and `OSError` or `ValueError` for a folder without a readable
+    config.json, or with a model whose type is not one of `types`.
     """
-    if name == "embedded":
+    if name == "embedded" or is_hub_id(name):
         return name
     if not os.path.exists(name):
-        if "/" not in name and get_close_matches(name.lower(), ["embedded"], cutoff=0.75):
-            raise FileNotFoundError(f'{name}: there is no such folder; did you mean "embedded"?')
-        if is_hub_id(name):
-            return name
-        raise FileNotFoundError(f"{name}: there is no such folder, and it is no Hub id (org/name); check the path.")
-    if os.path.isfile(name):
-        raise NotADirectoryError(f"{name}: a model is a folder, and this is a file; name its folder.")
+        raise FileNotFoundError(f'{name}: this is no folder, no Hub id (org/name) and not "embedded"; check the name.')
     from ..utils.errors import loading_errors  # imports slower packages
 
     with loading_errors(name):
-        if not os.path.exists(Path(name, "config.json")):
-            if os.path.isfile(Path(name, "adapter_config.json")):
-                raise ValueError(
-                    f"{name}: this folder holds an adapter, not a model; load it with peft, and give `iclip_hf.load` "
-                    "the tuple (model, processor)."
-                )
-            checkpoints = sorted(Path(name).glob("checkpoint-*"), key=os.path.getmtime)
-            cure = f"resume its training, or take {checkpoints[-1]}" if checkpoints else "check the path"
-            raise FileNotFoundError(f"{name}: there is no model, because this folder has no config.json; {cure}.")
-        model_type = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("model_type")
-        check_model_type(name, model_type, types)
+        content = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
+        check_model_type(name, content.get("model_type"), types)
     return name
 
 

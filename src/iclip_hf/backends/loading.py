@@ -4,7 +4,6 @@ Loading of models from folders and the Hub, without running their code. `load` r
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -24,9 +23,6 @@ from .explainable import ExplainableModel
 from .onnx import VISION_FILE, ONNXModel
 from .open_clip import ExplainableCoCa, ExplainableOpenCLIP, ExplainableOpenCLIPResNet
 from .timm import ExplainableTimm, ExplainableTimmMap
-
-
-logger = logging.getLogger(__name__)
 
 
 # Classes by the model type of a configuration, or for open_clip by the kind of the image tower, see `_tower_kind`.
@@ -94,8 +90,6 @@ def load(
         return _explainable(ONNXModel(source), processor)
     if is_name:
         device = _usable(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        if dtype == "bfloat16" and device.type == "cpu" and not has_bfloat16():
-            logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
         model, processor = load_pretrained(source, dtype=dtype)
         return _FAMILIES[model.config.model_type](model.to(device), processor)
     if not isinstance(source, tuple) or len(source) != 2:
@@ -109,9 +103,7 @@ def load(
 def _usable(device: str | torch.device) -> torch.device:
     """Returns a device. Raises `ValueError` if this machine does not have it."""
     try:
-        tensor = torch.empty(0, device=device)
-        tensor.cpu()  # fails on "meta", which has no values
-        return tensor.device
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"This machine has no device {str(device)!r}; name one that it has, such as cpu.") from error
 
@@ -155,11 +147,6 @@ def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str 
     name unchanged, after [`check_model_name`].
     """
     return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
-
-
-def has_bfloat16() -> bool:
-    """Returns whether this processor has instructions for bfloat16, by a function of torch that is private in 2.13."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, dtype: str | None = None, **model_options):

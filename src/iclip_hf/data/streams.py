@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch.utils.data import IterableDataset
@@ -40,8 +39,7 @@ class PairStream(Epochs, IterableDataset):
             id, each row must hold the bytes of its image.
 
     Raises:
-        `ValueError`: there is no image column. During iteration, too many pairs are bad. `ConnectionError`: during
-        iteration, the connection is lost.
+        `ValueError`: there is no image column. During iteration, too many pairs are bad.
     """
 
     def __init__(
@@ -92,7 +90,7 @@ class PairStream(Epochs, IterableDataset):
         # different passes.
         rows = self._rows.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
         rows.set_epoch(epoch)
-        for row in _read(rows):
+        for row in rows:
             stored = row[self._image_column] or {}
             name = row.get("__key__") or stored.get("path")
             key = name or "a pair without a name"
@@ -114,33 +112,11 @@ class PairStream(Epochs, IterableDataset):
 
     def some_texts(self) -> Iterator[PairTexts]:
         """Yields captions and labels of the first 256 pairs of the data set, where they can be read."""
-        for row in _read(self._first_rows):
+        for row in self._first_rows:
             try:
                 yield self._columns.texts(row)
             except ValueError:  # counted when the pair is read for training
                 continue
-
-
-def _read(rows: datasets.IterableDataset) -> Iterator[dict]:
-    """Yields rows. Raises `ConnectionError` for any lost connection."""
-    with _connection_errors():
-        yield from rows
-
-
-# Libraries that streams read with. Their errors have no common base class.
-_NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
-
-
-@contextmanager
-def _connection_errors() -> Iterator[None]:
-    """Converts the errors of a lost connection into `ConnectionError`."""
-    try:
-        yield
-    except Exception as error:
-        library = type(error).__module__.partition(".")[0]
-        if not isinstance(error, (ConnectionError, TimeoutError)) and library not in _NETWORK_LIBRARIES:
-            raise
-        raise ConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
@@ -155,5 +131,5 @@ def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
         raise ValueError(f"the row holds no image and names no file of the data set itself, but {path!r:.200}")
     import fsspec
 
-    with _connection_errors(), fsspec.open(path, "rb") as opened:
+    with fsspec.open(path, "rb") as opened:
         return opened.read()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from inspect import signature
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, resolve_revision
+from huggingface_hub import HfApi
 from transformers import AutoImageProcessor
 
 from ..backends.loading import load_iclip
@@ -156,7 +155,8 @@ def join_towers(
         processor_options["image_size"] = image_size or 224 * config.vision_downsampling
     for tower, sub_config in ((vision, "vision_config"), (text, "text_config"), (feature_tower, "feature_config")):
         if tower:
-            _check_tower(tower, sub_config)
+            with loading_errors(tower):  # of the files of each tower, before any weights are loaded
+                tower_config(tower, sub_config)
     model = ICLIPModel.from_vision_text_pretrained(
         vision, text, feature_tower, processor_options.get("image_processor"), **model_options
     )
@@ -169,15 +169,6 @@ def join_towers(
         processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **processor_options)
     check_tokenizer(text, processor.tokenizer, model.config)
     return model, processor
-
-
-def _check_tower(checkpoint: str, sub_config: str) -> None:
-    """Checks that the files of a tower can be read, before the others are loaded."""
-    with loading_errors(checkpoint):
-        if not os.path.exists(checkpoint):
-            logger.info("%s: this tower is taken from the Hub or its cache", checkpoint)
-            resolve_revision(checkpoint)  # fails at once without a network; each download would be retried
-        tower_config(checkpoint, sub_config)
 
 
 # ------------------------------------------------------------ export and push

@@ -82,22 +82,7 @@ def _is_downloaded(name: str) -> bool:
 
 
 def open_hub_dataset(name: str, split: str, **kwargs) -> datasets.Dataset | datasets.IterableDataset:
-    """
-    Opens a dataset of the Hub. Further arguments and errors are those of `datasets.load_dataset`. Raises
-    `ConnectionError` at once if the Hub cannot be reached and the dataset is not in the cache; `load_dataset` would
-    retry for half a minute.
-    """
+    """Opens a dataset of the Hub. Further arguments and errors are those of `datasets.load_dataset`."""
     with require_extra("train"):
         from datasets import load_dataset
-    from huggingface_hub import errors, resolve_revision
-
-    try:
-        resolve_revision(name, repo_type="dataset")
-    except errors.HfHubHTTPError:
-        pass  # the Hub answers, and `load_dataset` says more
-    except Exception as error:  # of several libraries, also for a proxy
-        raise ConnectionError(
-            f"{name}: there is no such file or folder, and the Hub, where this could be a dataset, cannot be reached; "
-            "check the name or the connection."
-        ) from error
     return load_dataset(name, split=split, **kwargs)

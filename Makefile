@@ -6,7 +6,7 @@ EXPLAIN = $(BIN)/iclip explain $(EXAMPLE) --text $(TEXTS)
 # What the picture of the README shows.
 TEXTS := "tower, tree, sky, horse"
 
-.PHONY: demo test test-lowest test-newest test-kernels test-sse4 test-avx2 test-avx512 test-transformers style docs pictures bench
+.PHONY: demo test test-slow test-lowest test-newest test-kernels test-sse4 test-avx2 test-avx512 test-transformers style docs pictures bench
 
 # `pip install '.[demo]'` in .venv puts a copy in place of the editable install, which is then made again.
 ifeq ($(wildcard .venv/lib/python*/site-packages/__editable__*iclip_hf*),)
@@ -42,12 +42,15 @@ pictures: .venv/.installed
 
 # A test process for each core; a file's tests stay together, because they share models and browsers.
 PYTEST := -m pytest -n auto --dist loadfile -p no:randomly
-test test-lowest test-newest: export OMP_NUM_THREADS = 1
+test test-slow test-lowest test-newest: export OMP_NUM_THREADS = 1
 
-test: .venv/.installed
-	$(BIN)/python $(PYTEST)
+# `make test` leaves out the tests marked `slow`, which `make test-slow` runs.
+test: SELECTED := not slow
+test-slow: SELECTED := slow
+test test-slow: .venv/.installed
+	$(BIN)/python $(PYTEST) -m "$(SELECTED)"
 
-# The same with the lowest versions that setup.py allows, on the lowest Python, and with the newest on any:
+# Both with the lowest versions that setup.py allows, on the lowest Python, and with the newest on any:
 # `make test-lowest PYTHON=python3.10`.
 test-lowest: RESOLUTION := lowest-direct
 test-newest: RESOLUTION := highest

@@ -182,6 +182,7 @@ def test_relation_refuses_a_file_without_ap_and_iou(content, tmp_path, monkeypat
     assert ended.value.code == 2 and str(path) in capsys.readouterr().err and not (tmp_path / "a.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "package", "command"),
     [

@@ -319,6 +319,7 @@ for imports in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_transformers_knows_the_package_whatever_is_imported_first(workspace):
     command = [sys.executable, "-c", IMPORT_ORDERS, str(workspace / "model")]

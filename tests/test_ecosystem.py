@@ -270,6 +270,7 @@ def test_every_trained_parameter_gets_a_gradient_under_checkpointing(vision, tex
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+@pytest.mark.slow
 def test_the_guide_explains_a_dataset_in_two_processes(world, tmp_path):
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "tools.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```py\n(.*?)```", guide, re.DOTALL) if "with_rank" in block)

@@ -197,6 +197,7 @@ def test_mistakes_are_refused_and_cost_no_items(folder):
         evaluate.load(str(folder), agregate="pixel")
 
 
+@pytest.mark.slow
 def test_bare_names_load_offline_from_any_folder(installed, tmp_path):
     command = f"""
 import os, evaluate
@@ -225,6 +226,7 @@ for name, ranks in (("mmiou", (0, 1)), ("mfmb", (1,)), ("text_contrast", (0, 1))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_even_if_one_has_no_pairs(installed, tmp_path):
     (tmp_path / "items").write_bytes(pickle.dumps({name: items(name) for name in ACCUMULATORS}))
     processes = [fresh_process(["-c", RANK, rank], tmp_path, installed) for rank in (0, 1)]

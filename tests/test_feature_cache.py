@@ -196,6 +196,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_fill_what_another_run_fills_too(tmp_path):
     """It adds features after the second has looked, and before the first has. What gets lost is no broken image."""
     for done in run_script(ANOTHER_RUN, tmp_path, processes=2):

@@ -291,6 +291,7 @@ def test_the_guide_ends_with_a_model_for_the_hub(tmp_path, iclip_data, capsys):
     assert "5 held-out pairs" in out and "model.safetensors" in out and len([*Path().glob("*-explanation.png")]) == 1
 
 
+@pytest.mark.slow
 def test_the_script_and_the_command_are_one_program(tmp_path):
     script = Path(__file__).parents[1] / "train.py"
     done = subprocess.run([sys.executable, script, "absent.csv"], capture_output=True, text=True)

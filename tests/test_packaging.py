@@ -68,6 +68,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist() if not name.endswith("RECORD")}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(files, wheel):
     info = f"iclip_hf-{__version__}.dist-info"
     held = {name: content for name, content in contents(wheel).items() if not name.startswith(info)}

@@ -174,6 +174,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, monkeypatch, stream, name):
     """To the bit, with the same evaluations."""
@@ -270,6 +271,7 @@ for module, name in ((os, "replace"), (torch, "save"), (shutil, "rmtree")):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path):
     """Kill -9 of a run that saves after every step, somewhere inside the saving."""
     arguments = ["--validation_data", hub / "held_out.tar", "--eval_steps", 2, "--save_steps", 2]

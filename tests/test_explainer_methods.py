@@ -56,6 +56,13 @@ def test_proxyclip_of_iclip_is_guided_by_its_own_tower(made):
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("num_patches", [1, 5])
+def test_a_patch_attends_to_itself_alone_if_all_patches_are_alike(num_patches):
+    """All similarities are then below 1.2 times their mean, so that without the patch itself no weight is left."""
+    weights = proxy_weights(torch.tensor([0.6, 0.8]).expand(1, num_patches, 2), 1.2, 3.0)
+    torch.testing.assert_close(weights, torch.eye(num_patches)[None, None])
+
+
 @pytest.mark.parametrize("family", ["clip", "iclip"])
 @pytest.mark.parametrize("multi_scale", [False, True])
 def test_maps_of_proxyclip_have_the_grid_of_the_proxy(made, multi_scale, family):

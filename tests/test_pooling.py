@@ -108,3 +108,8 @@ def test_the_average_by_affinity_equals_its_formula_without_the_matrix_of_all_pa
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error if only the kernel with the matrix fits
             averaged = average_by_affinity(values, tokens, 4, asked)
         torch.testing.assert_close(averaged, weights @ values, atol=1e-5, rtol=1e-4)
+
+
+def test_the_average_by_affinity_has_the_precision_of_its_values():
+    tokens = torch.eye(3, 4)[None].bfloat16()
+    assert average_by_affinity(tokens, tokens, 4, tokens).dtype == torch.bfloat16

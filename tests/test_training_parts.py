@@ -1,6 +1,7 @@
 """Parts of training against slow or direct computation: schedule, order of pairs, streams, retrieval, augmentation."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from iclip_hf.training import (
     augmentation,
     evaluation,
 )
+from iclip_hf.training.callbacks import EpochsAndSeeds, LogitScaleLimit
 from iclip_hf.training.evaluation import regressed_metrics
 from iclip_hf.training.trainer import cosine_schedule
 
@@ -144,3 +146,28 @@ def test_each_epoch_has_an_order_of_its_own(hub, tiny_processor, tmp_path):
         loader.set_epoch(epoch)
         orders.append([index for batch in loader.batch_sampler for index in batch])
     assert orders[0] == orders[2] != orders[1] and len({*orders[0]}) == 16
+
+
+def test_dropout_differs_by_step_and_process_and_is_the_same_again():
+    def drawn(step, process):
+        args, state = SimpleNamespace(seed=3, process_index=process), SimpleNamespace(global_step=step)
+        EpochsAndSeeds().on_step_begin(args, state, None)
+        return tuple(torch.rand(4).tolist())
+
+    steps = [(step, process) for step in range(3) for process in range(3)]
+    draws = [drawn(*step) for step in steps]
+    assert len(set(draws)) == len(steps)
+    assert draws == [drawn(*step) for step in steps]
+
+
+def test_a_logit_scale_at_its_limit_still_has_a_gradient():
+    """Above 100 the model's own clamp has none; a scale below the limit is left alone."""
+    model = tiny_model()
+    scales = [branch.logit_scale for branch in (model.recognition, model.interpretability) if branch]
+    for value, expected in ((5.0, math.log(100)), (3.0, 3.0)):
+        for scale in scales:
+            scale.data.fill_(value)
+        LogitScaleLimit().on_optimizer_step(None, None, None, model=model)
+        for scale in scales:
+            assert scale.item() == pytest.approx(expected, abs=1e-5)
+            assert scale.item() < math.log(100)

@@ -21,6 +21,7 @@ from iclip_hf.training import (
 )
 from iclip_hf.training.callbacks import EpochsAndSeeds, LogitScaleLimit
 from iclip_hf.training.evaluation import regressed_metrics
+from iclip_hf.training.statistics import _whiten
 from iclip_hf.training.trainer import cosine_schedule
 
 
@@ -171,3 +172,15 @@ def test_a_logit_scale_at_its_limit_still_has_a_gradient():
         for scale in scales:
             assert scale.item() == pytest.approx(expected, abs=1e-5)
             assert scale.item() < math.log(100)
+
+
+@torch.no_grad()
+def test_whitened_features_have_the_mean_zero():
+    torch.manual_seed(0)
+    features = torch.randn(500, 6) @ torch.randn(6, 6) + 3
+    model = SimpleNamespace(config=SimpleNamespace(feature_dim=4), feature_reduction=torch.nn.Linear(6, 4))
+    _whiten(model, features.mean(0), features.T @ features / len(features))
+    whitened = model.feature_reduction(features)
+    torch.testing.assert_close(whitened.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
+    covariance = torch.cov(whitened.T, correction=0)
+    torch.testing.assert_close(covariance / covariance[0, 0], torch.eye(4), atol=1e-2, rtol=0)

@@ -1,6 +1,5 @@
 """Arguments of `iclip train` from a train.yaml and the command line: what is taken, and what is refused."""
 
-import itertools
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
@@ -8,7 +7,6 @@ from unittest.mock import patch
 import pytest
 from conftest import iclip
 from fault_inputs import written
-from test_faults_command_line import ARGUMENTS
 from transformers import TrainingArguments
 
 from iclip_hf import cli
@@ -17,26 +15,22 @@ from iclip_hf.training import ICLIPTrainingArguments
 
 
 GOOD = {"vision": "v", "text": "t", "data": "[d]"}
-# By the likely mistake of the threat model: an argument, what it is set to, and what of it the error shows.
-BAD = {
-    "a mistyped path, Hub id, option, command, class name or method": [
-        ("learning_rates", 1, "'learning_rates'"),
-        ("eval_dataset", "cocos", "'cocos'"),
-        ("batch_size", 9, "'batch_size' is no argument"),
-    ],
-    "a value out of range or a combination without meaning": [
-        ("seed", 1.5, "'1.5'"),
-        ("lock_text", "maybe", "maybe"),
-        ("data", "[]", "data"),
-        ("model", "m", "model='m'"),
-        ("vision", "''", "vision=''"),
-        ("text", "''\nmodel: m", "model='m', vision='v'"),
-        ("validation_share", "0.1\nvalidation_data: [v]", "validation_data, validation_share"),
-        ("keep_presence", 1, "keep_presence: "),  # of no model to train further
-        ("keep_presence", -1, "keep_presence: -1"),
-        ("crop_scale", 5, "crop_scale: 5"),
-    ],
-}
+# An argument, what it is set to, and what of it the error shows.
+BAD = [
+    ("learning_rates", 1, "'learning_rates'"),
+    ("eval_dataset", "cocos", "'cocos'"),
+    ("batch_size", 9, "'batch_size' is no argument"),
+    ("seed", 1.5, "'1.5'"),
+    ("lock_text", "maybe", "maybe"),
+    ("data", "[]", "data"),
+    ("model", "m", "model='m'"),
+    ("vision", "''", "vision=''"),
+    ("text", "''\nmodel: m", "model='m', vision='v'"),
+    ("validation_share", "0.1\nvalidation_data: [v]", "validation_data, validation_share"),
+    ("keep_presence", 1, "keep_presence: "),  # of no model to train further
+    ("keep_presence", -1, "keep_presence: -1"),
+    ("crop_scale", 5, "crop_scale: 5"),
+]
 
 
 def said(tmp_path, capsys, content: str | bytes) -> str:
@@ -51,11 +45,7 @@ def said(tmp_path, capsys, content: str | bytes) -> str:
     return message
 
 
-def test_each_mistake_is_in_the_threat_model():
-    assert BAD.keys() <= ARGUMENTS.keys()
-
-
-@pytest.mark.parametrize(("name", "value", "shown"), [*itertools.chain(*BAD.values())])
+@pytest.mark.parametrize(("name", "value", "shown"), BAD)
 def test_a_wrong_argument_is_named(tmp_path, capsys, name, value, shown):
     content = "\n".join(f"{other}: {its}" for other, its in {**GOOD, name: value}.items())
     assert shown in said(tmp_path, capsys, content)

@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.metrics import LabelMaps
+from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.evaluation.metrics.recognition import like_classes
 from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
+from iclip_hf.explainers.explain import explain
 from iclip_hf.model import engine
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import label_map
@@ -140,6 +142,22 @@ def test_label_maps_in_plain_steps(dataset, tiny_processor):
     assert result["iou"] == pytest.approx(100 * np.mean(ious), abs=0.3)
     assert result["kept"] == pytest.approx(100 * (1 - np.mean(hidden)))
     assert result["absent"] == pytest.approx(100 * np.mean(areas), abs=0.3) and result["absent"] > 0
+
+
+def test_label_maps_are_those_of_the_competing_texts_alone(dataset, tiny_processor, made):
+    """CLIP Surgery subtracts the mean map of all texts that it is asked for."""
+    dataset = dataset[:3]
+    model, metric = made("clip")[:2], LabelMaps()
+    found = evaluate_model(model, dataset, ["clip_surgery"], [metric]).results["clip_surgery"]["label_maps"]
+    alone = LabelMaps()
+    for sample in dataset:
+        absent = [label for label in (1, 2, 3) if label not in sample.class_ids]
+        texts = [NAMES[label - 1] for label in (*sample.class_ids, *absent)]
+        label_map = explain(
+            model, sample.image, texts, "clip_surgery", templates=dataset.templates, refine=False
+        ).label_map()
+        alone.update(label_map, EvaluatedImage(0, sample, None).masks, sample.class_ids)
+    assert found == pytest.approx(alone.compute(), abs=0.5)
 
 
 def test_the_absent_texts_are_one_of_a_like_kind_and_one_at_random():

@@ -6,10 +6,12 @@ ones.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
 
+from ...model.batches import map_tensors
 from ...model.explanation import Explanation
 from ..functional import to_numpy
 from .metric import EvaluatedImage, Metric
@@ -115,9 +117,14 @@ class LabelMaps(Metric):
         return indices
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
-        prepared = [replace(image.prepared, text_indices=self.text_indices(image)) for image in images]
+        # Only the competing texts are asked for, as by `iclip segment`: some methods compare the texts of an image.
+        prepared = [replace(image.prepared, text_indices=None) for image in images]
+        indices = [self.text_indices(image) for image in images]
+        asked = [*dict.fromkeys(chain(*indices))]
+        encoded = map_tensors(lambda values: values[asked], self.run.texts)
+        labels = [[str(index) for index in of_image] for of_image in indices]
         explanations = {
-            method: list(engine.run(prepared, self.run.texts, len(images)))
+            method: list(engine.run(prepared, labels, len(images), encoded=encoded))
             for method, engine in self.run.engines.items()
         }
         return [{method: explanations[method][index] for method in explanations} for index in range(len(images))]

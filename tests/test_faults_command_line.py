@@ -60,6 +60,7 @@ ARGUMENTS = {
         --image_column picture
         --num_train_epochs 0
         --max_bad_share 5
+        --max_bad_share -1
     """,
 }
 

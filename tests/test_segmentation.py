@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from fault_inputs import encoded, masks_folder, png
+from fault_inputs import encoded, index_mask, masks_folder, png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -267,6 +267,14 @@ def test_folder(folder):
     assert (dataset.split, dataset.class_names, dataset.class_ids) == (None, ("red kite", "b\xe9b\xe9"), (1, 2))
     assert [(sample.name, sample.class_ids) for sample in dataset] == [("a", ()), ("b", (1, 2))]
     assert dataset[1].mask(2).tolist() == [[0, 0, 0], [2, 0, 255]]
+
+
+def test_masks_whose_ids_begin_at_0_are_remarked(tmp_path, caplog):
+    mask = index_mask((np.arange(720) % 3).astype(np.uint8).reshape(24, 30))
+    for names, is_remarked in (("dog\ncat\nbus", True), ("dog\ncat", False), ("dog\ncat\nbus\nsky", False)):
+        load_segmentation("folder", masks_folder(tmp_path, mask=mask, classes=names)).check_classes()
+        assert ("'bus': ids are 1 to 3" in caplog.text) == is_remarked
+        caplog.clear()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

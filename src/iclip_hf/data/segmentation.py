@@ -9,6 +9,7 @@ of the masks' type: 255 in uint8; 65535 in uint16, which more than 254 classes n
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,9 @@ from .mask_formats.coco_instances import read_coco_instances
 from .mask_formats.index_masks import has_index_masks, read_index_masks
 from .mask_formats.sample import SegmentationSample, mask_type
 from .overrides import read_overrides
+
+
+logger = logging.getLogger(__name__)
 
 
 class SegmentationDataset(Sequence):
@@ -98,11 +102,28 @@ class SegmentationDataset(Sequence):
         return f"SegmentationDataset({self.name!r}, split={self.split!r}, images={len(self)}, classes={num_classes})"
 
     def check_classes(self) -> None:
-        """Raises `ValueError` if no image shows a class, as with binary masks of 0 and 255."""
-        if not any(sample.class_ids for sample in self):
+        """
+        Raises `ValueError` if no image shows a class, as with binary masks of 0 and 255. Warns if the masks of a
+        folder have all classes but the last one, as with ids from 0.
+        """
+        *others, last = self.class_ids
+        shown: set[int] = set()
+        for sample in self:
+            shown.update(sample.class_ids)
+            if last in shown or (shown and self.name != "folder"):
+                return
+        if not shown:
             raise ValueError(
                 f"None of the {len(self)} images shows a class: a mask holds the ids of classes, and {self.void} is "
                 "void."
+            )
+        if shown == {*others}:
+            logger.warning(
+                "No mask has the last of the %d classes, %r: ids are 1 to %d in the order of classes.txt, and 0 is "
+                "background. Add 1 to the values if yours begin at 0.",
+                last,
+                self.class_names[-1],
+                last,
             )
 
     @property

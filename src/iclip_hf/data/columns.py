@@ -120,11 +120,10 @@ def _texts(column: str, value) -> list[str]:
     parsed = _parsed(column, value)
     if isinstance(value, str) and isinstance(parsed, Number):
         parsed = value  # a caption such as "1984" or "true"
-    items = _items(parsed)
-    candidates = [parsed] if items is None else items
+    items = parsed if isinstance(parsed, list) else [parsed]
     # Captions in JSON can be numbers or booleans. NaN is a missing value.
-    candidates = [json.dumps(text) if isinstance(text, (int, float)) and text == text else text for text in candidates]
-    texts = (_stripped(text) for text in candidates if isinstance(text, str))
+    items = [json.dumps(text) if isinstance(text, (int, float)) and text == text else text for text in items]
+    texts = (_stripped(text) for text in items if isinstance(text, str))
     return [text for text in texts if text]
 
 
@@ -134,14 +133,14 @@ def _names(column: str, value) -> list[str] | None:
     and for numbers, such as class ids. Raises `ValueError` for any other value that is not a list of names.
     """
     parsed = _parsed(column, value)
-    items = _items(parsed)
-    is_numeric = isinstance(parsed, Number) or (items and all(isinstance(item, Number) for item in items))
-    if _is_empty(parsed) or is_numeric:
+    if _is_empty(parsed) or isinstance(parsed, Number):
         return None
-    if items is None or not all(isinstance(item, str) for item in items):
-        raise ValueError(f'{column}: {value!r:.100} is no list of names, such as ["dog"]')
-    names = (_stripped(name) for item in items for name in item.split(","))
-    return [name for name in names if name]
+    if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed):
+        names = (_stripped(name) for item in parsed for name in item.split(","))
+        return [name for name in names if name]
+    if isinstance(parsed, list) and all(isinstance(item, Number) for item in parsed):
+        return None
+    raise ValueError(f'{column}: {value!r:.100} is no list of names, such as ["dog"]')
 
 
 def _probabilities(column: str, value) -> dict[str, float]:
@@ -164,11 +163,14 @@ def _probabilities(column: str, value) -> dict[str, float]:
 
 def _parsed(column: str, value):
     """
-    Parses JSON that is written as text, as in a .csv: lists in any column, and any text in "captions" and in the label
-    columns. Other text stays as it is. Raises `ValueError` for a list that is not JSON, such as one printed by Python.
+    Returns a value with lists for tuples and arrays. JSON that is written as text, as in a .csv, is parsed: lists in
+    any column, and any text in "captions" and in the label columns. Other text stays as it is. Raises `ValueError` for
+    a list that is not JSON, such as one printed by Python.
     """
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     if not isinstance(value, str):
-        return value
+        return [*value] if isinstance(value, tuple) else value
     is_list = _LIST.fullmatch(value)
     if not is_list and column not in ("captions", *LABEL_COLUMNS):
         return value
@@ -178,13 +180,6 @@ def _parsed(column: str, value):
         if is_list:
             raise ValueError(f'{column}: {value!r:.100} is no list in JSON, such as ["a dog"]') from None
         return value
-
-
-def _items(value) -> list | None:
-    """Returns the items of a list, a tuple or an array; None for anything else."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    return [*value] if isinstance(value, (list, tuple)) else None
 
 
 def _is_empty(value) -> bool:

@@ -308,6 +308,18 @@ def test_presence_is_computed_when_it_is_asked_for_and_left_out_where_a_model_ha
     assert len(encoded) == 1  # the class names, which segmentation competes with, and nothing else
 
 
+def test_settings_of_one_method_are_compared_by_titles(dataset, made):
+    model, options = made("clip")[:2], {"sigma": 2.0}
+    methods = {"NaCLIP": {}, "wide": ("naclip", options), "narrow": ("naclip", {"sigma": 9.0})}
+    result = evaluate_model(model, dataset, methods, "mFMB", limit=2)
+    assert [*result.results] == [*result.per_class] == ["naclip", "wide", "narrow"] and "| wide" in result.table()
+    assert result.protocol["methods"] == {
+        "naclip": {}, "wide": {"method": "naclip", **options}, "narrow": {"method": "naclip", "sigma": 9.0}
+    }  # fmt: skip
+    alone = evaluate_model(model, dataset, {"naclip": options}, "mFMB", limit=2)
+    assert alone.results["naclip"] == result.results["wide"] != result.results["narrow"]
+
+
 def test_without_a_name_the_method_is_that_of_the_model(dataset, made):
     """Of plain maps, unless refined ones are asked for."""
     usual, named = (evaluate_model(made("clip")[:2], dataset, methods, ["mFMB"]) for methods in (None, ["naclip"]))

@@ -22,6 +22,7 @@ from iclip_hf.evaluation.metrics import (
     MeanIoU,
     MeanMaxIoU,
     MultiLabelAveragePrecision,
+    PointingGame,
     Presence,
     TextContrast,
     make_metrics,
@@ -254,6 +255,21 @@ def test_torch_numpy_lists_and_strides_are_equal(metric):
     ]
     for pair in inputs:
         assert filled(metric(), [pair]).compute() == expected
+
+
+@pytest.mark.parametrize("metric", [*PAIR_METRICS, PointingGame, TextContrast])
+def test_a_batch_equals_its_items_and_reset_removes_them(metric):
+    random = np.random.default_rng(5)
+    masks = random.integers(0, 4, (6, 4, 5))
+    heatmaps = random.random((6, 4, 5) if metric is not TextContrast else (6, 3, 4, 5))
+    class_ids = random.integers(1, 4, 6) if metric is not TextContrast else np.tile([1, 2, 3], (6, 1))
+    expected = filled(metric(), zip(heatmaps, masks, class_ids.tolist())).compute()
+    found = metric()
+    found.update(heatmaps, masks, class_ids)
+    assert found.compute() == expected
+    found.reset()
+    found.update(torch.tensor(heatmaps), torch.tensor(masks), torch.tensor(class_ids))
+    assert found.compute() == expected
 
 
 # --- text contrast ---------------------------------------------------------------------------------------------------

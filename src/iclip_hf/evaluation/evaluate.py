@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 def evaluate_model(
     model,
     dataset: SegmentationDataset,
-    methods: str | Sequence[str] | Mapping[str, Mapping] | None = None,
+    methods: str | Sequence[str] | Mapping[str, Mapping | tuple[str, Mapping]] | None = None,
     metrics: str | Sequence[str | Metric] = "interpretability",
     *,
     image_size: int | dict[str, int] | None = None,
@@ -71,7 +71,8 @@ def evaluate_model(
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
         methods (*optional*): name or names of explainers, or a `dict` from names to options, such as
-            `{"gem": {"depth": 3}}`; if not given, the method that [`make_explainer`] chooses for the model.
+            `{"gem": {"depth": 3}}`, or from titles to a name and its options, such as `{"deep GEM": ("gem", {"depth":
+            7})}`; if not given, the method that [`make_explainer`] chooses for the model.
         metrics: a name of `TASKS`, whose metrics are left out if the data set or the model does not have what they
             measure; or a list of names of `METRICS` and of metrics with options, such as `Segmentation(window=224)`.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
@@ -229,7 +230,7 @@ class EvaluationRun:
         self,
         model: ExplainableModel,
         dataset: SegmentationDataset,
-        methods: str | Sequence[str] | Mapping[str, Mapping] | None,
+        methods: str | Sequence[str] | Mapping[str, Mapping | tuple[str, Mapping]] | None,
         templates: Sequence[str] | None,
         refine: bool,
         multi_scale: bool,
@@ -247,10 +248,15 @@ class EvaluationRun:
         methods = [methods] if isinstance(methods, str) else methods or [None]
         if not isinstance(methods, Mapping):
             methods = {method: {} for method in methods}
-        explainers = [make_explainer(self.model, method, **options) for method, options in methods.items()]
-        self.methods = [explainer.name for explainer in explainers]
-        self.method_options = dict(zip(self.methods, methods.values()))
-        self.engines = {explainer.name: new_engine(method=explainer) for explainer in explainers}
+        self.engines, self.method_options = {}, {}
+        for title, options in methods.items():
+            has_title = isinstance(options, tuple)
+            method, options = options if has_title else (title, options)
+            explainer = make_explainer(self.model, method, **options)
+            title = title if has_title else explainer.name
+            self.engines[title] = new_engine(method=explainer)
+            self.method_options[title] = {"method": explainer.name, **options} if has_title else options
+        self.methods = [*self.engines]
         self.batch_size = batch_size
         self.num_images = min(len(dataset), limit or len(dataset))
         self.indices = range(processes.process_index, self.num_images, processes.num_processes)

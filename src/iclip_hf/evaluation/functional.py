@@ -9,6 +9,7 @@ compares the maps of all classes of an image.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -28,6 +29,13 @@ def to_numpy(array) -> np.ndarray:
         return np.asarray(array)
     array = array.detach().cpu()
     return (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()
+
+
+def batch_items(maps, masks, class_ids, dimensions: int) -> Iterable[tuple]:
+    """Returns the items (maps, mask, class ids) of a batch; the item itself if its maps have these `dimensions`."""
+    maps = to_numpy(maps)
+    is_batch = maps.ndim == dimensions + 1
+    return zip(maps, masks, class_ids, strict=True) if is_batch else [(maps, masks, class_ids)]
 
 
 def _check_map(heatmap) -> np.ndarray:

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..functional import NUM_COUNTS, THRESHOLDS, contrast_counts, pointing_shares, region_means, threshold_counts
+from ..functional import (
+    NUM_COUNTS,
+    THRESHOLDS,
+    batch_items,
+    contrast_counts,
+    pointing_shares,
+    region_means,
+    threshold_counts,
+)
 from .metric import CannotMeasure, ClassMeans, EvaluatedImage, Metric, mean
 
 
@@ -38,14 +46,19 @@ class MaskMetric(Metric):
 
     count_item: Callable[..., np.ndarray]  # takes the arguments of `update` and `ignore_index`
     reasons: tuple[str, ...]  # why items are left out, in the order of the checks
+    map_dimensions = 2  # of the maps of one item
 
     def __init__(self, ignore_index: int = 255):
         super().__init__()
         self.ignore_index = ignore_index
 
     def update(self, maps, mask, class_ids) -> None:
-        """Adds one image-class pair as for [`threshold_counts`], or one image as for [`contrast_counts`]."""
-        self.add_counts(self.count_item(maps, mask, class_ids, self.ignore_index), class_ids)
+        """
+        Adds one image-class pair as for [`threshold_counts`], or one image as for [`contrast_counts`]; or a batch of
+        them, with one more dimension in front: maps, masks and class ids.
+        """
+        for item in batch_items(maps, mask, class_ids, self.map_dimensions):
+            self.add_counts(self.count_item(*item, self.ignore_index), item[-1])
 
     @abstractmethod
     def add_counts(self, counts: np.ndarray, class_ids) -> None:
@@ -221,6 +234,7 @@ class TextContrast(MaskMetric):
         "without pixels of both; mean over a class's images and partners, then over classes"
     )
     reasons = ("fewer_than_two_classes",)
+    map_dimensions = 3
     count_item = staticmethod(contrast_counts)
 
     def add_counts(self, counts: np.ndarray, class_ids: Sequence[int]) -> None:
@@ -331,8 +345,9 @@ class PointingGame(ClassMeans):
         self.ignore_index = ignore_index
 
     def update(self, heatmap, mask, class_id: int) -> None:
-        """Adds one image-class pair. Arguments and errors are those of [`pointing_shares`]."""
-        super().update(100 * pointing_shares(heatmap, mask, class_id, self.ignore_index), class_id)
+        """Adds one image-class pair, or a batch of them. Arguments and errors are those of [`pointing_shares`]."""
+        for item in batch_items(heatmap, mask, class_id, dimensions=2):
+            super().update(100 * pointing_shares(*item, self.ignore_index), operator.index(item[-1]))
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         for heatmap, mask, class_id in image.pairs(maps):

@@ -28,10 +28,17 @@ class MeanIoU:
     def __init__(self, num_classes: int, background: bool = True, ignore_index: int = 255):
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self.first_id = 0 if background else 1  # of the classes in the mean
+        self.reset()
+
+    def reset(self) -> None:
+        """Removes all images."""
         self.areas = np.zeros((3, self.num_classes, 1), np.int64)
 
     def update(self, prediction, reference, confidence=None) -> None:
-        """Adds one image. Arguments are those of [`area_counts`]. All images have confidences, or none."""
+        """
+        Adds one image, or a batch of images. Arguments are those of [`area_counts`]. All images have confidences, or
+        none.
+        """
         self.add_counts(area_counts(prediction, reference, self.num_classes, self.ignore_index, confidence))
 
     def add_counts(self, areas: np.ndarray) -> None:

@@ -78,8 +78,8 @@ class Metric(ABC):
     A metric with `update` and `compute`. The parameters of a subclass are its options, which it keeps as attributes of
     the same names.
 
-    Without [`evaluate_model`], call `update` to add an item, `merge` to add the items of another metric, and `compute`
-    for the scores. [`evaluate_model`] calls
+    Without [`evaluate_model`], call `update` to add an item, `merge` to add the items of another metric, `compute` for
+    the scores, and `reset` to begin again. [`evaluate_model`] calls
 
     - `prepare` once;
     - `run_model` for each batch of images of one shape, in the thread of the model;
@@ -117,6 +117,10 @@ class Metric(ABC):
     state_type: type = Sums
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Removes all items."""
         self.state = self.state_type()
 
     @abstractmethod
@@ -137,7 +141,7 @@ class Metric(ABC):
     def empty(self) -> Metric:
         """Returns a copy without items."""
         other = copy.copy(self)
-        other.state = self.state_type()
+        other.reset()
         return other
 
     def prepare(self, run) -> None:

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import golden
 import numpy as np
 import pytest
 import torch
 from conftest import bilinear, evaluate_model, iclip, save, tiny_image_processor, tiny_model
-from golden_segmentation import CLASSES, clip, photograph, text_features
+from golden_segmentation import CLASSES, photograph, text_features
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
 from iclip_hf.data import load_segmentation
 from iclip_hf.data.layouts import DATASETS
@@ -20,13 +21,13 @@ from iclip_hf.data.overrides import read_overrides
 from iclip_hf.evaluation.argmax import protocol_label_map
 from iclip_hf.evaluation.metrics import Segmentation
 from iclip_hf.evaluation.protocols import PROTOCOLS, protocol_settings
-from iclip_hf.evaluation.window_maps import WindowMaps, resized
+from iclip_hf.evaluation.window_maps import AuthorsPositions, WindowMaps, resized
 from iclip_hf.explainers import make_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.outputs import ICLIPTextFeatures
 
 
-GOLDEN_SEED = 8
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SMALL = {"window": 40, "stride": 24}
 OVERRIDES = {
     "names": {"car": ["car", "red car"]},
@@ -45,7 +46,8 @@ def expected_label_map(engine, image, classes, settings):
     original = np.array(image).transpose(2, 0, 1).astype(float)
     factor = settings.short_side / min(original.shape[1:])
     height, width = (math.floor(side * factor + 0.5) for side in original.shape[1:])
-    resized = bilinear(original, (height, width)).round()
+    small = resized(image, settings.short_side).numpy()
+    assert np.abs(bilinear(original, (height, width)) - small).max() < 1  # rounded as by OpenCV
     rows, columns = (settings.window or height), (settings.window or width)
     total, count = np.zeros((len(texts), height, width)), np.zeros((height, width))
     step = settings.stride or 1
@@ -53,10 +55,11 @@ def expected_label_map(engine, image, classes, settings):
         for j in range(max(width - columns + step - 1, 0) // step + 1):
             bottom, right = min(i * step + rows, height), min(j * step + columns, width)
             top, left = max(bottom - rows, 0), max(right - columns, 0)
-            window = torch.tensor(resized[:, top:bottom, left:right]).byte()
+            window = torch.tensor(small[:, top:bottom, left:right])
             window = window[:, : (bottom - top) // patch * patch, : (right - left) // patch * patch]
             pixels = engine.processor(images=[window], do_resize=False)["pixel_values"]
-            logits = engine.raw_maps(pixels, encoded)[0][0].double().numpy()
+            with AuthorsPositions():
+                logits = engine.raw_maps(pixels, encoded)[0][0].double().numpy()
             total[:, top:bottom, left:right] += bilinear(logits, (bottom - top, right - left))
             count[top:bottom, left:right] += 1
     logits = bilinear(total / count, original.shape[1:])
@@ -75,7 +78,7 @@ def expected_label_map(engine, image, classes, settings):
     ("paper", "changes"),
     [
         ("sclip", {"logit_scale": 20.0, "threshold": 0.3, "min_area": 0.2, **SMALL}),
-        ("clearclip", {"threshold": 0.4, **SMALL}),
+        ("clearclip", {"threshold": 0.4, "padding": 0, **SMALL}),
         ("sclip", {"logit_scale": 20.0, "threshold": 0.3, "window": None, "stride": None}),
     ],
 )
@@ -102,37 +105,76 @@ def test_label_maps_are_those_of_the_steps(labelled_folder, tiny_processor, monk
     assert differ < 0.001 and shown > 2 and len(found) == len(dataset)
 
 
-def test_the_label_map_of_the_code_of_naclip(tiny_processor):
-    """
-    As its `NACLIP.predict` (sinahmr/NACLIP, commit 0cac3a65) computes it from these weights, texts and pixels: with
-    windows of 64 pixels at distances of 32, PAMR, and a threshold of 0.3. Its label 0 is the background.
-    """
-    expected = np.load(Path(__file__).with_name("golden_segmentation.npz"))["naclip"]
-    given = (
-        clip(GOLDEN_SEED),
-        SimpleNamespace(image_processor=CLIPImageProcessor(), tokenizer=tiny_processor.tokenizer),
+def proxy():
+    """A ViT with generated weights, which stands for DINO."""
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=128,
+        patch_size=8,
     )
-    explainer, image = make_explainer(given, "naclip"), photograph()
-    engine, texts = Engine(explainer.model, explainer.model.processor, explainer), text_features(GOLDEN_SEED)
-    size = (image.height, image.width)
-    cut = WindowMaps.cut(resized(image, 100), 64, 32, size=size, dilations=(8, 16))
-    pixels = engine.processor(images=cut.crops(8), do_resize=False)["pixel_values"]
-    maps, _ = engine.raw_maps(pixels, ICLIPTextFeatures(text_embeds=texts, map_text_embeds=texts))
-    labels, _ = protocol_label_map(replace(cut, maps=maps), CLASSES, 0.3, 40.0)
-    assert (labels.numpy() + 1 != expected).mean() < 0.001 and len(np.unique(expected)) == 3
+    model, draw = ViTModel(config, add_pooling_layer=False).eval(), np.random.RandomState(5).standard_normal
+    for name, parameter in sorted(model.named_parameters()):
+        values = draw(parameter.shape)
+        norm = parameter.ndim == 1 and name.endswith("weight")
+        parameter.data = torch.tensor(norm + (0.2 if parameter.ndim == 1 else 0.3) * values, dtype=torch.float32)
+    return model
 
 
-@pytest.mark.parametrize(("min_area", "expected"), [(0.24, [0, 0, 0, 1]), (0.25, [0, 0, 0, 0]), (0.75, [-1] * 4)])
-def test_a_class_needs_more_than_the_smallest_area(min_area, expected):
-    maps = torch.tensor([[[0.6, 0.6, 0.6, 0.2]], [[0.1, 0.1, 0.1, 0.5]]])
-    window = WindowMaps(torch.zeros(3, 1, 4), [(slice(0, 1), slice(0, 4))], (1, 4), maps=maps[None])
-    assert protocol_label_map(window, [0, 1], None, 10.0, min_area)[0].flatten().tolist() == expected
+@pytest.mark.parametrize("paper", PROTOCOLS)
+def test_label_maps_are_those_of_the_authors_code(tiny_processor, tmp_path, paper):
+    """
+    As `predict` of the segmentors computes them from these weights and texts, with OpenCV's resize: settings for VOC21
+    with a smaller image, smaller windows and a threshold of 0.25. Commits are those of `test_golden_maps.py`.
+    """
+    expected = np.load(Path(__file__).with_name("golden_segmentation.npz"))[paper]
+    image_processor = CLIPImageProcessor()
+    given = golden.transformers_model(**golden.DEEP)
+    given = (given, SimpleNamespace(image_processor=image_processor, tokenizer=tiny_processor.tokenizer))
+    settings, image = protocol_settings(paper, "voc21"), photograph()
+    options = dict(settings.methods[paper])
+    if "proxy" in options:
+        options["proxy"] = str(save(tmp_path, proxy(), ViTImageProcessor(**IMAGENET)))
+    explainer, texts = make_explainer(given, paper, **options), text_features(10 if paper == "sc_clip" else 9)
+    engine = Engine(explainer.model, explainer.model.processor, explainer)
+    window, stride = (128, 64) if settings.window else (None, None)
+    size, dilations = (image.height, image.width), settings.pamr_dilations
+    cut = WindowMaps.cut(resized(image, 200), window, stride, size=size, dilations=dilations, padding=settings.padding)
+    pixels = cut.pad(engine.processor(images=cut.crops(16), do_resize=False)["pixel_values"])
+    with AuthorsPositions():
+        maps, _ = engine.raw_maps(pixels, ICLIPTextFeatures(text_embeds=texts, map_text_embeds=texts))
+    labels, _ = protocol_label_map(replace(cut, maps=maps), CLASSES, 0.25, settings.logit_scale, settings.min_area)
+    assert (labels.numpy() + 1 != expected).mean() < 0.0005 and len(np.unique(expected)) > 1
 
 
-def test_a_probability_of_the_threshold_is_no_background():
-    window = WindowMaps(torch.zeros(3, 1, 1), [(slice(0, 1), slice(0, 1))], (1, 1), maps=torch.ones(1, 2, 1, 1))
-    labels = [protocol_label_map(window, [0, 1], threshold, 10.0)[0].item() for threshold in (0.5, 0.51)]
-    assert labels == [0, -1]
+def test_patches_without_a_proxy_value_are_the_first_class(tiny_processor, tmp_path):
+    """Like NaN in the code of ProxyCLIP, which has no value if all similarities are below `beta` times their mean."""
+    given = golden.transformers_model(**golden.DEEP)
+    given = (given, SimpleNamespace(image_processor=CLIPImageProcessor(), tokenizer=tiny_processor.tokenizer))
+    options = {"proxy": str(save(tmp_path, proxy(), ViTImageProcessor(**IMAGENET))), "beta": 100.0}
+    pixels, texts = torch.zeros(1, 3, 128, 128), text_features(9)
+    texts = ICLIPTextFeatures(text_embeds=texts, map_text_embeds=texts)
+    for holes in (False, True):
+        explainer = make_explainer(given, "proxyclip", holes=holes, **options)
+        maps = Engine(explainer.model, explainer.model.processor, explainer).raw_maps(pixels, texts)[0]
+        assert maps.isnan().all() if holes else maps.isfinite().all()
+    windows = WindowMaps.cut(torch.zeros(3, 128, 128).byte(), None, None, size=(50, 60))
+    labels, _ = protocol_label_map(replace(windows, maps=maps), CLASSES, 0.25, 40.0)
+    assert (labels == CLASSES[0]).all()
+
+
+def test_windows_are_padded_on_both_sides():
+    pixels = torch.arange(3 * 20 * 30).reshape(3, 20, 30).byte()
+    cut = WindowMaps.cut(pixels, None, None, size=(20, 30), padding=16)
+    (crop,) = cut.crops(8)
+    assert crop.shape == (3, 24, 32) and torch.equal(crop[:, :20, :30], pixels)
+    padded = cut.pad(crop[None].float())
+    assert padded.shape == (1, 3, 32, 32) and torch.equal(padded[0, :, 6:26, 1:31], pixels.float())
+    assert padded.sum() == pixels.float().sum()
+    # One map with a value for each pixel of the padded window: what belongs to the padding is cut.
+    assert torch.equal(next(replace(cut, maps=padded[:, :1]).enlarged()), pixels[0].float())
 
 
 # As the released configurations state them: short side, window, stride, scale and, with a background, the threshold.
@@ -147,25 +189,41 @@ coco_stuff   448 224 112 40  -    336 224 112 40  -    448 448 224 50  -     336
 cityscapes   560 224 112 40  -    560 224 112 40  -    448 224 224 50  -     448 224 112 40  -
 ade20k       336 224 112 40  -    336 224 112 40  -    448 448 224 50  -     448 336 112 40  -
 """
+# In the same order; with the share of RCS, and scale, share and threshold of SFR.
+RELEASED_LATER = """
+sc_clip               resclip
+336 224 112 50 0.15   336  -   -  40 0.1   0.3 2.2 0.7 0.5
+336 224 112 40 0.15   336 224 112 40 0.1   0.3 1.8 0.7 0.3
+336 224 112 55 0.35   336 224 112 40 0.1   0.4 1.8 0.7 0.11
+336 224 112 40  -     336  -   -  40  -    0.6 2.1 0.6 0.1
+336 224 112 40  -     336 224 112 40  -    0.4 1.8 0.7 0.25
+336 224 112 40  -     336 224 112 40  -    0.4 1.8 0.7 0.11
+560 224 112 40  -     560 224 112 40  -    0.2 2.1 0.6 0.1
+336 224 112 40  -     336 224 112 40  -    0.3 2.1 0.7 0.25
+"""
 
 
 def test_settings_are_the_released_ones_and_class_names_are_found():
-    papers, *rows = (line.split() for line in RELEASED.strip().splitlines())
+    first, later = (table.strip().splitlines() for table in (RELEASED, RELEASED_LATER))
+    papers, *rows = (f"{line} {more}".split() for line, more in zip(first, later, strict=True))
     assert papers == [*PROTOCOLS]
     differ = {"context59": 2, "context60": 2, "coco_stuff": 46, "cityscapes": 2, "ade20k": 17}
-    backgrounds = {"voc21": (26, 26, 1, 26), "context60": (1, 1, 1, 1), "coco_object": (26, 26, 1, 17)}
+    backgrounds = {"voc21": (26, 26, 1, 26, 26, 26), "context60": (1,) * 6, "coco_object": (26, 26, 1, 17, 26, 26)}
     for name, *cells in rows:
         for number, paper in enumerate(papers):
             found = protocol_settings(paper, name)
             values = (found.short_side, found.window, found.stride, found.logit_scale, found.threshold)
             expected = tuple(None if cell == "-" else float(cell) for cell in cells[5 * number : 5 * number + 5])
             assert values == expected, (paper, name)
-            assert found.min_area == (0.1 if (paper, name) == ("sclip", "voc21") else 0)
+            assert found.min_area == (0.1 if paper in ("sclip", "sc_clip") and name == "voc21" else 0)
             assert found.pamr_dilations == ((8, 16) if paper == "naclip" else ()) and [*found.methods] == [paper]
+            if paper == "resclip":
+                rcs, *sfr = map(float, cells[-4:])
+                assert found.methods == {"resclip": {"rcs": rcs, "sfr": sfr}}
             own = DATASETS[name].classes
             texts = read_overrides(found.overrides, name, own)
             changed = sum(texts != (class_name,) for class_name, texts in zip(own, texts.synonyms))
-            synonyms = paper in ("sclip", "naclip")
+            synonyms = paper not in ("clearclip", "proxyclip")
             others = {"voc21": 4 + synonyms, "voc20": 4 + synonyms, "coco_object": int(synonyms)}
             assert changed == (differ | others)[name], (paper, name)
             assert len(texts.background_texts) == (backgrounds[name][number] if name in backgrounds else 0)
@@ -251,6 +309,28 @@ def test_published_tables_are_measured_resumed_and_in_the_page(voc, world, tmp_p
             published.main()
         assert started == ["voc20", "voc21", "voc21"][: 2 + number]
     miou = json.loads((output / "sclip-voc20.json").read_text())["results"]["sclip"]["segmentation"]["miou"]
-    report = (output / "published.md").read_text()
-    assert f"| `sclip` | 59.63 / - | 31.74 / - | 33.52 / - | 81.54 / {miou:.2f} | 34.46 / - |" in report
+    # The run is of one image, with other settings than the paper's. Then it is made to look like a whole run.
+    row = "| `sclip` | 59.63 / - | 31.74 / - | 33.52 / - | 81.54 / {} | 34.46 / - |"
+    assert row.format("-") in (output / "published.md").read_text()
+    file, model = output / "sclip-voc20.json", str(world.folder / "model")
+    content = json.loads(file.read_text())
+    run = content["protocol"]
+    run["metrics"]["segmentation"]["short_side"], run["templates"] = 336, ["a {}."] * 80
+    run["dataset"]["images"] = run["dataset"]["images_in_split"]
+    file.write_text(json.dumps(content))
+    report = published.results_table(output, model)
+    assert row.format(f"{miou:.2f}") in report and run["weights"] in report
+    assert row.format("-") in published.results_table(output, "another/model")
+    for part, name, wrong in [
+        (run["dataset"], "images", 1),
+        (run["metrics"]["segmentation"], "protocol", "naclip"),
+        (run["metrics"]["segmentation"], "threshold", 0.3),
+        (run["dataset"], "name", "voc21"),
+    ]:
+        right, part[name] = part[name], wrong
+        file.write_text(json.dumps(content))
+        assert row.format("-") in published.results_table(output, model), name
+        part[name] = right
+    file.write_text(json.dumps(content)[:-20])
+    assert row.format("-") in published.results_table(output, model)
     assert "absent" in capsys.readouterr().err

@@ -29,6 +29,8 @@ class Protocol:
         min_area (`float`): a class needs more than this share of the pixels that are not background. The pixels of a
             smaller class go to the next best class.
         pamr_dilations (`tuple[int, ...]`): distances of the neighbours of PAMR in pixels; empty without PAMR.
+        padding (`int`): windows are padded to multiples of this number of pixels, by the mean colour of the model's
+            images; 0 if incomplete patches are left out. 1 keeps them, for methods that read the colours.
         overrides (`Path`, *optional*): file of class names and texts of the background, for `load_segmentation`; None
             for those of the data set.
     """
@@ -41,11 +43,19 @@ class Protocol:
     threshold: float | None = None
     min_area: float = 0.0
     pamr_dilations: tuple[int, ...] = ()
+    padding: int = 0
     overrides: Path | None = field(default=None, repr=False)
 
 
 _WHOLE = {"window": None, "stride": None}
 _CITYSCAPES = {"short_side": 560}
+
+
+def _resclip(rcs: float, *sfr: float) -> dict[str, dict]:
+    """Returns the method with the options of a data set."""
+    return {"resclip": {"rcs": rcs, "sfr": list(sfr)}}
+
+
 # The settings of each paper, and the settings that differ for single data sets.
 _PAPERS = {
     "sclip": (
@@ -69,7 +79,7 @@ _PAPERS = {
         },
     ),
     "clearclip": (
-        Protocol({"clearclip": {}}, short_side=448, window=448, stride=224, logit_scale=50.0),
+        Protocol({"clearclip": {}}, short_side=448, window=448, stride=224, logit_scale=50.0, padding=16),
         {
             "voc21": {"threshold": 0.5},
             "context60": {"threshold": 0.15},
@@ -78,7 +88,7 @@ _PAPERS = {
         },
     ),
     "proxyclip": (
-        Protocol({"proxyclip": {"proxy": "facebook/dino-vitb8"}}, window=336),
+        Protocol({"proxyclip": {"proxy": "facebook/dino-vitb8", "holes": True}}, window=336, padding=56),
         {
             "voc21": {"threshold": 0.2},
             "context60": {"threshold": 0.15},
@@ -87,10 +97,31 @@ _PAPERS = {
             "cityscapes": {"short_side": 448, "window": 224},
         },
     ),
+    "sc_clip": (
+        Protocol({"sc_clip": {}}),
+        {
+            "voc21": {"logit_scale": 50.0, "threshold": 0.15, "min_area": 0.1},
+            "context60": {"threshold": 0.15},
+            "coco_object": {"logit_scale": 55.0, "threshold": 0.35},
+            "cityscapes": _CITYSCAPES,
+        },
+    ),
+    "resclip": (
+        Protocol(_resclip(0.4, 1.8, 0.7, 0.11), padding=1),
+        {
+            "voc21": {"methods": _resclip(0.3, 2.2, 0.7, 0.5), "threshold": 0.1, **_WHOLE},
+            "context60": {"methods": _resclip(0.3, 1.8, 0.7, 0.3), "threshold": 0.1},
+            "coco_object": {"threshold": 0.1},
+            "voc20": {"methods": _resclip(0.6, 2.1, 0.6, 0.1), **_WHOLE},
+            "context59": {"methods": _resclip(0.4, 1.8, 0.7, 0.25)},
+            "cityscapes": {"methods": _resclip(0.2, 2.1, 0.6, 0.1), **_CITYSCAPES},
+            "ade20k": {"methods": _resclip(0.3, 2.1, 0.7, 0.25)},
+        },
+    ),
 }
 PROTOCOLS = tuple(_PAPERS)
-# NACLIP took over the class names of SCLIP.
-_NAMES_OF = {"naclip": "sclip"}
+# Papers that took over the class names of SCLIP.
+_NAMES_OF = dict.fromkeys(("naclip", "sc_clip", "resclip"), "sclip")
 
 
 def protocol_settings(paper: str, dataset: str) -> Protocol:

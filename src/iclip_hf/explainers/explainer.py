@@ -24,6 +24,7 @@ class Explainer(ABC):
         sees_text (`bool`): whether maps depend on the text. If `False`, all texts of an image have the same map.
         needs_layers (`bool`): whether the method records the layers of the image tower. `model` is then a
             [`RecordableModel`].
+        has_holes (`bool`): whether maps may be NaN where the method has no value.
         needs_attention (`bool`): whether the method reads the last attention layer, which a convolutional tower lacks.
 
     Raises:
@@ -32,6 +33,7 @@ class Explainer(ABC):
 
     sees_text = True
     needs_layers = True
+    has_holes = False
     needs_attention = False
 
     def __init__(self, model):

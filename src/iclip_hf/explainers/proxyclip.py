@@ -33,10 +33,13 @@ class ProxyCLIP(Explainer):
             and other models use the ViT of the embedded model, which is not a DINO.
         beta (`float`): threshold, as a multiple of the mean similarity.
         gamma (`float`): sharpness of the softmax.
+        holes (`bool`): whether a patch without any logit above 0 is NaN in the maps, as in the authors' code.
+            Otherwise, it keeps its own value.
     """
 
-    def __init__(self, model, proxy: str | None = None, beta: float = 1.2, gamma: float = 3.0):
+    def __init__(self, model, proxy: str | None = None, beta: float = 1.2, gamma: float = 3.0, holes: bool = False):
         super().__init__(model)
+        self.has_holes = holes
         (self.layer_index,) = self.model.self_attentions("ProxyCLIP", 1)
         self.beta, self.gamma = beta, gamma
         self.proxy = None
@@ -64,7 +67,7 @@ class ProxyCLIP(Explainer):
         if grid != features.grid:
             value_map = value.flatten(0, 1).mT.unflatten(-1, features.grid)  # (B * heads, D / heads, h, w)
             value = F.interpolate(value_map, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
-        weights = proxy_weights(unit(tokens.flatten(1, 2)), self.beta, self.gamma)
+        weights = proxy_weights(unit(tokens.flatten(1, 2)), self.beta, self.gamma, self.has_holes)
         mixed = weights.to(value) @ value
         patch_stream = self.model.join_features(self.model.layers[self.layer_index].output(mixed), features, grid)
         patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, grid)
@@ -90,13 +93,14 @@ class ProxyCLIP(Explainer):
         return self.proxy(pixels, **kwargs).last_hidden_state[:, -math.prod(grid) :].unflatten(1, grid)
 
 
-def proxy_weights(tokens: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
+def proxy_weights(tokens: torch.Tensor, beta: float, gamma: float, holes: bool = False) -> torch.Tensor:
     """Computes attention weights `(B, 1, N, N)` from unit vectors `(B, N, D)`, see [`ProxyCLIP`]."""
     similarity = tokens @ tokens.mT
     logits = gamma * (similarity - beta * similarity.mean((1, 2), keepdim=True))
-    # A patch always attends to itself, so that not all of its logits are masked.
-    diagonal = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    return logits.masked_fill((logits < 0) & ~diagonal, -torch.inf).softmax(-1).unsqueeze(1)
+    masked = logits < 0
+    if not holes:  # a patch always attends to itself, so that not all of its logits are masked
+        masked &= ~torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    return logits.masked_fill(masked, -torch.inf).softmax(-1).unsqueeze(1)
 
 
 def _statistics(image_processor, like: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,14 @@ from functools import partial
 
 import torch
 
+from ...model.batches import map_tensors
 from ...model.label_maps import BACKGROUND_LABEL
 from ...model.windows import Tiling, mean_of_windows, sliding_windows
 from ...utils.tables import known
 from ..argmax import argmax_label_map, protocol_label_map
 from ..functional import THRESHOLDS
 from ..protocols import PROTOCOLS, protocol_settings
-from ..window_maps import WindowMaps, resized
+from ..window_maps import AuthorsPositions, WindowMaps, resized
 from .mean_iou import MeanIoU
 from .metric import EvaluatedImage, Metric
 
@@ -89,8 +90,9 @@ class Segmentation(Metric):
     needs = frozenset()  # `run_model` computes the maps
     definition = "raw maps of all classes, bicubic to the image's size; the highest one counts"
     protocol_definition = (
-        "image resized to int(factor * side + 0.5), bilinear without antialiasing; maps of windows averaged in "
-        "pixels, bilinear to the image's size, PAMR there; softmax over all texts; the highest class counts"
+        "image resized to int(factor * side + 0.5), bilinear in fixed point as by OpenCV; position embeddings "
+        "interpolated by the factor (n + 0.1) / sqrt(N); maps of windows averaged in pixels, bilinear to the image's "
+        "size, PAMR there; softmax over all texts; the highest class counts"
     )
 
     def __init__(
@@ -186,13 +188,17 @@ class Segmentation(Metric):
             self.stride,
             size=image.sample.size,
             dilations=resolved.pamr_dilations,
+            padding=resolved.padding,
         )
         pixel_values = processor(images=windows.crops(processor.patch_size), do_resize=False)["pixel_values"]
-        batches = pixel_values.split(self.run.batch_size)
+        batches = windows.pad(pixel_values).split(self.run.batch_size)
+        # Equal texts count twice for methods that compare all texts, as in the papers' code.
+        texts = map_tensors(lambda embeds: embeds[self.map_indices], self.text_features)
         method_maps = {}
         for method, engine in self.run.engines.items():
-            maps = torch.cat([engine.raw_maps(batch, self.text_features)[0] for batch in batches])
-            method_maps[method] = replace(windows, maps=maps[:, self.map_indices])
+            with AuthorsPositions():
+                maps = torch.cat([engine.raw_maps(batch, texts)[0] for batch in batches])
+            method_maps[method] = replace(windows, maps=maps)
         return method_maps
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor | None) -> None:
@@ -245,7 +251,7 @@ class Segmentation(Metric):
         if self.chooses_threshold:
             settings["threshold"] = "the best of the images at the other (even or odd) positions"
         if self.protocol:
-            for name in ("short_side", "min_area", "pamr_dilations"):
+            for name in ("short_side", "min_area", "pamr_dilations", "padding"):
                 settings[name] = getattr(self.resolved_protocol, name)
             settings["definition"] = self.protocol_definition
         return settings

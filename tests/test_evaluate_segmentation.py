@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, evaluate_model, tiny_model
+from conftest import NAMES, evaluate_model, tiny_model, write_folder
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -144,19 +144,18 @@ def test_label_maps_in_plain_steps(dataset, tiny_processor):
     assert result["absent"] == pytest.approx(100 * np.mean(areas), abs=0.3) and result["absent"] > 0
 
 
-def test_label_maps_are_those_of_the_competing_texts_alone(dataset, tiny_processor, made):
-    """CLIP Surgery subtracts the mean map of all texts that it is asked for."""
-    dataset = dataset[:3]
-    model, metric = made("clip")[:2], LabelMaps()
-    found = evaluate_model(model, dataset, ["clip_surgery"], [metric]).results["clip_surgery"]["label_maps"]
-    alone = LabelMaps()
+def test_label_maps_are_those_of_the_competing_texts_alone(tmp_path, made, monkeypatch):
+    """CLIP Surgery subtracts the mean map of all texts that it is asked for, here three of six."""
+    write_folder(tmp_path, [[0, 1, 2]] * 3, 60)
+    (tmp_path / "classes.txt").write_text("\n".join([*NAMES, "cat", "a red dog", "two cars"]))
+    dataset, competing = load_segmentation("folder", tmp_path), [0, 1, 4]
+    monkeypatch.setattr(LabelMaps, "text_indices", lambda *_: competing)
+    model, alone = made("clip")[:2], LabelMaps()
+    found = evaluate_model(model, dataset, ["clip_surgery"], [LabelMaps()]).results["clip_surgery"]["label_maps"]
     for sample in dataset:
-        absent = [label for label in (1, 2, 3) if label not in sample.class_ids]
-        texts = [NAMES[label - 1] for label in (*sample.class_ids, *absent)]
-        label_map = explain(
-            model, sample.image, texts, "clip_surgery", templates=dataset.templates, refine=False
-        ).label_map()
-        alone.update(label_map, EvaluatedImage(0, sample, None).masks, sample.class_ids)
+        texts, options = [dataset.class_names[index] for index in competing], {"templates": dataset.templates}
+        explanation = explain(model, sample.image, texts, "clip_surgery", refine=False, **options)
+        alone.update(explanation.label_map(), EvaluatedImage(0, sample, None).masks, sample.class_ids)
     assert found == pytest.approx(alone.compute(), abs=0.5)
 
 

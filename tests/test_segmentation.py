@@ -20,7 +20,6 @@ from iclip_hf.data import SegmentationDataset, load_segmentation, segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, VOC
 from iclip_hf.data.layouts import DATASETS
 from iclip_hf.data.mask_formats.coco_instances import Instance, InstancesSample
-from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
 from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.model.prompts import IMAGENET_TEMPLATES
 
@@ -191,8 +190,7 @@ def test_coco_files_of_other_programs(tmp_path, subfolder):
 def test_boxes_among_masks_have_no_pixels(tmp_path):
     annotations = [{"category_id": 1, "segmentation": mask} for mask in (plain_runs(DOG), [])] + [{"category_id": 1}]
     (sample,) = load_segmentation("coco2017", write_coco(tmp_path, annotations))
-    assert ((sample.mask(sample.class_ids[0]) > 0) == (DOG > 0)).all()
-    assert sample.class_ids == (1,)
+    assert sample.class_ids == (1,) and ((sample.mask(1) > 0) == (DOG > 0)).all()
 
 
 # Instances of one image: label, whether it is a crowd, whether its run lengths are compressed, and its mask
@@ -231,35 +229,21 @@ def test_a_split_without_a_file_names_the_others(tmp_path):
         load_segmentation("coco2017", tmp_path, "train2017")
 
 
-def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path):
-    write_coco(tmp_path, [])
+@pytest.mark.parametrize(("count", "dtype"), [(254, np.uint8), (255, np.uint16), (300, np.uint16)])
+def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path, count, dtype):
+    void = np.iinfo(dtype).max
+    instances = ((count, DOG, 0), (1, CAT, 0), (2, CROWD, 1))
+    write_coco(tmp_path, [{"category_id": c, "segmentation": plain_runs(m), "iscrowd": i} for c, m, i in instances])
     path = tmp_path / "annotations" / "instances_val2017.json"
-    content = json.loads(path.read_text())
-    for count, dtype, void in ((254, np.uint8, 255), (255, np.uint16, 65535), (300, np.uint16, 65535)):
-        labels = (count, 1)
-        content["categories"] = [{"id": number, "name": f"class {number}"} for number in range(1, count + 1)]
-        content["annotations"] = [
-            {"id": 0, "image_id": 7, "iscrowd": 0, "category_id": labels[0], "segmentation": plain_runs(DOG)},
-            {"id": 1, "image_id": 7, "iscrowd": 0, "category_id": labels[1], "segmentation": plain_runs(CAT)},
-            {"id": 2, "image_id": 7, "iscrowd": 1, "category_id": 2, "segmentation": plain_runs(CROWD)},
-        ]
-        path.write_text(json.dumps(content))
-        dataset = load_segmentation("coco2017", tmp_path)
-        (sample,) = dataset
-        assert dataset.void == sample.void == void and sample.label_map.dtype == sample.mask(1).dtype == dtype
-        np.testing.assert_array_equal(sample.mask(count), np.where(CROWD, void, DOG * count))
-        np.testing.assert_array_equal(
-            sample.label_map, np.where(CROWD, void, np.where(CAT, 1, np.where(DOG, count, 0)))
-        )
-        # The pixels that count are those without the crowd, and all classes of the image are counted.
-        miou = MeanMaxIoU()
-        for label, mask in zip(sample.class_ids, EvaluatedImage(0, sample, None).masks, strict=True):
-            miou.add_counts(miou.count_item((mask == label).astype(float), mask, label, void), label)
-        scores = miou.compute()
-        assert scores["mmiou"] == 100 and sorted(scores["per_class"]) == [1, count]
-        miou = MeanIoU(count + 1, ignore_index=dataset.void)
-        miou.update(np.where(sample.label_map == void, 0, sample.label_map), sample.label_map)
-        assert miou.compute()["pixels"] == (~CROWD.astype(bool)).sum()
+    categories = [{"id": number, "name": f"class {number}"} for number in range(1, count + 1)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"categories": categories}))
+    dataset = load_segmentation("coco2017", tmp_path)
+    (sample,) = dataset
+    assert dataset.void == sample.void == void and sample.label_map.dtype == sample.mask(1).dtype == dtype
+    np.testing.assert_array_equal(sample.mask(count), np.where(CROWD, void, DOG * count))
+    np.testing.assert_array_equal(sample.label_map, np.where(CROWD, void, np.where(CAT, 1, DOG * count)))
+    masks = EvaluatedImage(0, sample, None).masks
+    assert [sorted({*mask.ravel().tolist()} - {0}) for mask in masks] == [[1, void], [void], [count, void]]
 
 
 def test_folder(folder):
@@ -323,21 +307,25 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
 def test_fingerprint_is_of_the_content_of_images_and_masks(voc, monkeypatch):
     """Not of their names and sizes alone, except of a large data set."""
     dataset = load_segmentation("voc2012", voc)
-    before, image = dataset.fingerprint(), dataset[1].image_path
-    assert re.fullmatch("[0-9a-f]{16}", before) and load_segmentation("voc2012", voc, "train").fingerprint() != before
+    image, before = dataset[1].image_path, dataset.fingerprint()
     content, stat = image.read_bytes(), image.stat()
-    image.write_bytes(content[:-9] + bytes(9))
-    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert dataset.fingerprint() != before
-    with monkeypatch.context() as patch:
-        patch.setattr(segmentation, "LARGE", 0)
-        of_times = dataset.fingerprint()
-        image.write_bytes(content)
-        os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        assert dataset.fingerprint() == of_times
-    assert load_segmentation("voc2012", voc).fingerprint() == before
+    assert re.fullmatch("[0-9a-f]{16}", before) and load_segmentation("voc2012", voc, "train").fingerprint() != before
+
+    def changed(large: int) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(segmentation, "LARGE", large)
+            image.write_bytes(content)
+            os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            fingerprint = dataset.fingerprint()
+            image.write_bytes(content[:-9] + bytes(9))
+            os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            return dataset.fingerprint() != fingerprint
+
+    assert changed(segmentation.LARGE) and not changed(0)
+    image.write_bytes(content)
+    assert dataset.fingerprint() == before
     write_index_mask(dataset[1].mask_path, [[0, 1, 1], [20, 255, 20]])
-    assert load_segmentation("voc2012", voc).fingerprint() != before
+    assert dataset.fingerprint() != before
 
 
 def test_an_image_that_a_list_names_twice_counts_once(voc):
@@ -390,9 +378,7 @@ def write_layout(root, name):
         write_index_mask(root / path, mask)
         for old, new in IMAGES.items():
             path = path.replace(old, new)
-        if name != "cityscapes":
-            path = path.replace(".png", ".jpg")
-        write_image(root / path, len(mask), len(mask[0]))
+        write_image(root / (path if name == "cityscapes" else path.replace(".png", ".jpg")), 1, len(mask[0]))
     if "VOCdevkit" in pattern:
         lists = "SegmentationContext" if "Context" in pattern else "Segmentation"
         path = root / pattern.partition("Segm")[0] / "ImageSets" / lists / "val.txt"
@@ -421,27 +407,27 @@ def test_benchmarks(name, tmp_path):
 
 
 def test_names_of_classes_are_where_the_benchmarks_have_them():
-    assert [COCO_STUFF[i - 1] for i in (1, 12, 80, 81, 171)] == ["person", "stop sign", "toothbrush", "banner", "wood"]
-    assert [ADE20K[i - 1] for i in (1, 13, 126, 150)] == ["wall", "person", "pot", "flag"]
-    assert [CITYSCAPES[i - 1] for i in (1, 14, 19)] == ["road", "car", "bicycle"]
-    assert [CONTEXT[i - 1] for i in (1, 37, 59)] == ["aeroplane", "person", "wood"]
-    assert [CAMVID[i - 1] for i in (1, 4, 11)] == ["sky", "road", "bicyclist"]
-    assert [VOC[i - 1] for i in (11, 16, 20)] == ["dining table", "potted plant", "television"]
-    assert all(len(set(names)) == len(names) for names in (ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, VOC))
+    for names, known in (
+        (COCO_STUFF, {1: "person", 12: "stop sign", 80: "toothbrush", 81: "banner", 171: "wood"}),
+        (ADE20K, {1: "wall", 13: "person", 126: "pot", 150: "flag"}),
+        (CITYSCAPES, {1: "road", 14: "car", 19: "bicycle"}),
+        (CONTEXT, {1: "aeroplane", 37: "person", 59: "wood"}),
+        (CAMVID, {1: "sky", 4: "road", 11: "bicyclist"}),
+        (VOC, {11: "dining table", 16: "potted plant", 20: "television"}),
+    ):
+        assert {index: names[index - 1] for index in known} == known and len({*names}) == len(names)
 
 
-def test_which_classes_are_stuff(tmp_path, voc):
+def test_which_classes_are_stuff(voc):
     """The numbers of the benchmarks: 50 of ADE20K, 91 of COCO-Stuff, 11 of Cityscapes."""
-    counts = {"ade20k": 50, "coco_stuff": 91, "cityscapes": 11, "camvid": 6}
-    names = {"ade20k": ADE20K, "coco_stuff": COCO_STUFF, "cityscapes": CITYSCAPES, "camvid": CAMVID}
-    for name, count in counts.items():
-        dataset = SegmentationDataset(name, None, names[name], [], [])
-        stuff = {names[name][label - 1] for label in dataset.stuff}
-        assert len(stuff) == count and stuff == set(DATASETS[name].stuff), name
+    for name, classes, count in (
+        ("ade20k", ADE20K, 50), ("coco_stuff", COCO_STUFF, 91), ("cityscapes", CITYSCAPES, 11), ("camvid", CAMVID, 6)
+    ):  # fmt: skip
+        stuff = {classes[label - 1] for label in SegmentationDataset(name, None, classes, [], []).stuff}
+        assert len(stuff) == count and stuff == {*DATASETS[name].stuff}, name
         assert stuff & {"sky", "sky-other"} and not stuff & {"person", "pedestrian", "car", "bicycle"}
     dataset = load_segmentation("voc21", voc, overrides={"names": {"sofa": "sky"}})  # the kind is not the name's
     assert dataset.stuff == () and load_segmentation("voc2012", voc).stuff == ()
-    assert SegmentationDataset("folder", None, ["sky"], [], []).stuff is None
     unknown = {name for name, layout in DATASETS.items() if layout.stuff is None}
     assert unknown == {"folder", "context59", "context60"}
 
@@ -464,21 +450,22 @@ def test_coco_object_of_instances_has_the_smaller_before_the_larger(tmp_path, or
 
 
 def test_synonyms_of_a_file_of_lines_or_a_mapping(voc):
-    lines = list(VOC)
-    lines[17] = "sofa, couch ,settee"
-    (voc / "names.txt").write_text("\n".join(["sky, wall", *lines]) + "\n")
-    dataset = load_segmentation("voc21", voc, overrides=voc / "names.txt")
-    assert dataset.background_texts == ("sky", "wall") and dataset.class_names == VOC
-    assert dataset.synonyms[17] == ("sofa", "couch", "settee") and dataset.synonyms[0] == ("aeroplane",)
+    lines = [*VOC[:17], "sofa, couch ,settee", *VOC[18:]]
+    with_semicolons = "\n".join(["sky; wall; sofa", *lines]).replace(",", ";")  # as ProxyCLIP's lists
     mapping = {"names": {"sofa": ["sofa", "couch", "settee"]}, "background": ["sky", "wall"]}
-    other = load_segmentation("voc21", voc, overrides=mapping)
-    assert (other.synonyms, other.background_texts) == (dataset.synonyms, dataset.background_texts)
-    (voc / "names.txt").write_text("\n".join(["sky; wall; sofa", *lines]).replace(",", ";"))  # as ProxyCLIP's lists
-    assert load_segmentation("voc21", voc, overrides=voc / "names.txt").synonyms == dataset.synonyms
-    assert load_segmentation("voc21", voc, overrides=voc / "names.txt").background_texts == ("sky", "wall", "sofa")
-    (voc / "names.txt").write_text("\n".join(lines))
-    void = load_segmentation("voc20", voc, overrides=voc / "names.txt")
-    assert void.synonyms == dataset.synonyms and void.templates == IMAGENET_TEMPLATES  # not named, so kept
+    expected = tuple(("sofa", "couch", "settee") if name == "sofa" else (name,) for name in VOC)
+    for name, overrides, background in (
+        ("voc21", "\n".join(["sky, wall", *lines]) + "\n", ("sky", "wall")),
+        ("voc21", mapping, ("sky", "wall")),
+        ("voc21", with_semicolons, ("sky", "wall", "sofa")),
+        ("voc20", "\n".join(lines), ()),
+    ):
+        if isinstance(overrides, str):
+            (voc / "names.txt").write_text(overrides)
+            overrides = voc / "names.txt"
+        dataset = load_segmentation(name, voc, overrides=overrides)
+        assert (dataset.synonyms, dataset.background_texts) == (expected, background)
+        assert dataset.class_names == VOC and dataset.templates == IMAGENET_TEMPLATES  # not named, so kept
 
 
 @pytest.mark.parametrize(
@@ -518,13 +505,12 @@ def test_what_is_missing_is_named(voc, folder):
         load_segmentation("imagenet", voc)
     with pytest.raises(ValueError, match="folder has no splits, such as 'val'"):
         load_segmentation("folder", folder, "val")
-    (voc / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink()
+    masks = voc / "VOCdevkit/VOC2012/SegmentationClass"
+    (masks / "2007_000001.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"SegmentationClass/2007_000001\.png: .*1 of 2"):
         load_segmentation("voc2012", voc)
-    write_image(folder / "images" / "c.png", 2, 3)
-    with pytest.raises(FileNotFoundError, match=r"masks/c\.png"):
-        load_segmentation("folder", folder)
-    (folder / "images" / "c.png").unlink()
-    write_image(folder / "masks" / "d.png", 2, 3)  # of a copy that was interrupted
-    with pytest.raises(FileNotFoundError, match=r"images/d: .*1 of"):
-        load_segmentation("folder", folder)
+    for alone, missing in (("images/c.png", r"masks/c\.png"), ("masks/d.png", r"images/d: .*1 of")):
+        write_image(folder / alone, 2, 3)
+        with pytest.raises(FileNotFoundError, match=missing):
+            load_segmentation("folder", folder)
+        (folder / alone).unlink()

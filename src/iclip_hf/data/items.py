@@ -44,8 +44,6 @@ class BadPairTally:
     """
 
     def __init__(self, max_bad_share: float, num_pairs: int | None = None):
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share: {max_bad_share} is not in [0, 1].")
         self._max_bad_share = max_bad_share
         # The share of bad pairs among fewer says little.
         self._min_read = 100 if num_pairs is None else min(100, num_pairs)

@@ -79,7 +79,7 @@ class PairDataset(Epochs):
             this process has read. Each loading process counts its own pairs.
 
     Raises:
-        `ValueError`: there are no pairs, or `max_bad_share` is not in [0, 1]. During access, too many pairs are bad.
+        `ValueError`: there are no pairs. During access, too many pairs are bad.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):

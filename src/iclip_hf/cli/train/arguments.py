@@ -194,8 +194,9 @@ def _check(arguments: Arguments) -> None:
     """Raises `ValueError` for a wrong value, or for values that contradict each other."""
     model, data = arguments.model, arguments.data
     parse_options(model.model_options)  # raises for one that is not name=value
-    if not 0 <= data.random_erasing <= 1:
-        raise ValueError(f"random_erasing: {data.random_erasing} is not in [0, 1].")
+    for name in ("max_bad_share", "random_erasing"):
+        if not 0 <= getattr(data, name) <= 1:
+            raise ValueError(f"{name}: {getattr(data, name)} is not in [0, 1].")
     if arguments.training.keep_presence < 0:
         raise ValueError(f"keep_presence: {arguments.training.keep_presence} is not a weight of at least 0.")
     if not 0 < data.crop_scale <= 1:

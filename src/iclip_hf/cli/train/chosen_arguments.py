@@ -94,7 +94,7 @@ def check_pairs(pairs: PairDataset) -> None:
             problems.append(
                 f"{pair.image.absolute()}: there is no such image; paths are relative to the folder of the table"
             )
-    if len(problems) > pairs.max_bad_share * len(checked):
+    if problems and len(problems) > pairs.max_bad_share * len(checked):
         raise ValueError(
             f"{where}: {len(problems)} of the {len(checked)} checked pairs have no image or no caption. The first: "
             f"{problems[0]}."

@@ -23,6 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
     )
     parser.add_argument(
+        "--words",
+        action="store_true",
+        help="explain the words of --text, one sentence: the score and the map of each are what the "
+        "sentence loses without it",
+    )
+    parser.add_argument(
         "--report",
         type=Path,
         metavar="DIR",

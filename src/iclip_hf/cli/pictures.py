@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 def add_image_options(parser: argparse.ArgumentParser, *, output_help: str, **text_changes) -> None:
     """Adds the shared options. `text_changes` are keywords of `add_argument` that `--text` has in this command."""
-    parser.set_defaults(npz=False, report=None, background=[])  # options that only one of the commands has
+    parser.set_defaults(
+        npz=False, report=None, background=[], words=False
+    )  # options that only one of the commands has
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, URLs, or folders of images with their subfolders"
     )
@@ -68,6 +70,7 @@ class _Texts(NamedTuple):
     best: int | None  # number of texts to explain for each image, see `Engine.run`
     encoded: ICLIPTextFeatures | None
     headings: tuple[str, str]
+    words: list[str] = []  # of the first label; the other labels are the text without each word
 
 
 def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
@@ -82,6 +85,7 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     from tqdm import tqdm
 
     from ..model.images import open_image
+    from ..model.words import explain_words
     from ..utils.files import free_name
 
     names = image_names(args.images)
@@ -106,6 +110,8 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     for name, explanation in zip(names, tqdm(explanations, total=len(names), unit="image", disable=is_single or None)):
         entry, line = {}, ""
         if explanation is not None:
+            if args.words:
+                explanation = explain_words(explanation, texts.words)
             explanation = replace(explanation, threshold=args.threshold, min_presence=args.min_presence)
             path = folder / name_for(name, f"{kind}.png") if folder else picture
             entry = {"image": name, **write(name, explanation, path)}
@@ -130,6 +136,13 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
 
 def _texts(args: argparse.Namespace, engine: Engine) -> _Texts:
     """Returns the texts that the user named, or else all nouns, of which only the best are explained."""
+    if args.words:
+        if len(args.texts or []) != 1:
+            raise ValueError(r"--words takes one --text, a sentence whose commas are written \,.")
+        from ..model.words import without_each_word
+
+        words, shorter = without_each_word(args.texts[0])
+        return _Texts([*args.texts, *shorter], None, None, ("word", "presence"), words)
     if args.texts:
         return _Texts(args.texts + args.background, None, None, ("text", "presence"))
     from ..backends.embedded import encoded_vocabulary, vocabulary

@@ -15,6 +15,7 @@ from ..model.images import load_image
 from ..model.outputs import ICLIPTextFeatures
 from ..model.presence import MIN_PRESENCE
 from ..model.prompts import split_texts
+from ..model.words import explain_words, without_each_word
 from . import make_explainer
 
 
@@ -34,6 +35,7 @@ def explain(
     batch_size: int = 8,
     refine: bool = True,
     multi_scale: bool = False,
+    words: bool = False,
     threshold: float | Sequence[float] = 0.5,
     min_presence: float = MIN_PRESENCE,
     timeout: float = 60,
@@ -66,6 +68,8 @@ def explain(
         method (`str`, *optional*), method_options: as for [`make_explainer`], which names the default.
         templates, image_size, multi_scale: as for [`Engine`]. With the templates `["{}"]`, texts are taken as they
             are.
+        words (`bool`): whether to explain the words of `texts`, one sentence. The labels are its words, the scores are
+            what each adds to the score of the sentence, and the maps show what each finds, see [`explain_words`].
         refine (`bool`): as for [`Engine`]. Refined maps follow edges of the image that the model may not have used.
             With `False`, maps are as the method computes them.
         target_sizes: `(height, width)` in pixels of the maps of each image, as a list, array or tensor; the image's
@@ -90,6 +94,9 @@ def explain(
     elif not isinstance(images, Sized):
         images = [*images]
     best = None
+    if words:
+        labels, shorter = without_each_word(texts)
+        texts = [texts, *shorter]
     if texts is None:
         best, texts = NOUNS, vocabulary()
     texts = texts if isinstance(texts, Mapping) else split_texts(texts)
@@ -103,6 +110,8 @@ def explain(
     encoded = encoded_vocabulary(engine.model, engine.templates) if best else None
     loaded = (load_image(image, timeout=timeout) for image in images)  # loaded when they are needed
     explanations = engine.run(map(engine.prepare, loaded, sizes), texts, batch_size, best, encoded, min_presence)
+    if words:
+        explanations = (explain_words(explanation, labels) for explanation in explanations)
     explanations = [
         replace(explanation, threshold=threshold, min_presence=min_presence)
         for explanation in tqdm(explanations, total=len(images), unit="image", disable=not progress)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iclip_hf.backends.identity import digest
-from iclip_hf.utils.digests import content_digest
+from iclip_hf.utils.cache import content_digest
 
 
 def files(folder, *contents):

@@ -7,7 +7,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from ..utils.hub_ids import is_hub_id
+from ..utils.errors import loading_errors
+from ..utils.published import is_hub_id
 
 
 # Models of transformers that explain: the class in `families.py` by the `model_type` of config.json.
@@ -47,8 +48,6 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
         return name
     if not os.path.exists(name):
         raise FileNotFoundError(f'{name}: this is no folder, no Hub id (org/name) and not "embedded"; check the name.')
-    from ..utils.errors import loading_errors  # imports slower packages
-
     with loading_errors(name):
         content = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
         check_model_type(name, content.get("model_type"), types)

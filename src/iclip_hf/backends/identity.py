@@ -12,8 +12,8 @@ import torch
 from transformers import ImageProcessingMixin, PreTrainedConfig, ProcessorMixin
 
 from ..model.configuration_iclip import ICLIPConfig
-from ..utils.digests import file_digest
-from ..utils.hub_ids import public_name
+from ..utils.cache import file_digest
+from ..utils.published import public_name
 
 
 # Options that change no number: options that only training reads, or whose value is among the weights; the path of the

@@ -19,10 +19,9 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.projections import ICLIPBranch
-from ..utils.errors import loading_errors
-from ..utils.extras import require_extra
+from ..utils.errors import loading_errors, require_extra
 from ..utils.files import atomic_folder
-from ..utils.saved_configs import clean_configs
+from ..utils.published import clean_configs
 from .internals import symbolic_grid, symbolic_padding
 
 

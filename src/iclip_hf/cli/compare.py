@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..model.presence import presence_text
 from ..utils.files import free_name
-from ..utils.hub_ids import public_name
+from ..utils.published import public_name
 from ..utils.tables import table
 from .inputs import load_model, load_named_image
 from .options import DATASET, MODEL, PREPARATION, SHARED, add_shared

@@ -22,8 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..model.images import load_image
-from ..utils.cache import cache_folder, keep_in_cache
-from ..utils.digests import LARGE
+from ..utils.cache import LARGE, cache_folder, keep_in_cache
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .columns import Columns, PairTexts, sample_caption
 from .formats import is_hub_dataset, open_sources

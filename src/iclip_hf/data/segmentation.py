@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.digests import LARGE, content_digest, total_size
+from ..utils.cache import LARGE, content_digest, total_size
 from ..utils.tables import known
 from .layouts import DATASETS
 from .mask_formats.coco_instances import read_coco_instances

@@ -13,7 +13,7 @@ from ..backends.explainable import ExplainableModel
 from ..backends.loading import load
 from ..explainers import METHODS, make_explainer
 from ..model.engine import Engine
-from ..utils.extras import require_extra
+from ..utils.errors import require_extra
 from ..web.viewer import MAX_TEXTS, Example, examples, introduction, read_asset, viewer_theme
 from .questions import SeenImage, asked_texts, encode_photo, read_photo, to_npz, viewer_value
 

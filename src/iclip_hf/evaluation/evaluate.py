@@ -24,10 +24,10 @@ from ..model.batches import map_groups
 from ..model.engine import Engine
 from ..model.outputs import ICLIPTextFeatures
 from ..utils.distributed import broadcast_from_main, partial_state
-from ..utils.extras import require_extra
+from ..utils.errors import require_extra
 from ..utils.files import check_new_folder
-from ..utils.hub_ids import without_path
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
+from ..utils.published import without_path
 from .metrics import make_metrics
 from .metrics.metric import CannotMeasure, EvaluatedImage, Metric
 from .report import Report

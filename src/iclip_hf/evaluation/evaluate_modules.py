@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.extras import require_extra
+from ..utils.errors import require_extra
 from ..utils.files import atomic_write
 from .metrics.maps import ImageClassMetric, MaskMetric
 

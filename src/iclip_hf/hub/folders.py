@@ -23,7 +23,7 @@ from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
 from ..model.tower_loading import tower_config
 from ..utils.errors import loading_errors
 from ..utils.files import atomic_folder
-from ..utils.saved_configs import clean_configs
+from ..utils.published import clean_configs
 from .configs import EMBEDDED, config_folder, parse_options
 from .model_card import write_model_card
 

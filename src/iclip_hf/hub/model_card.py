@@ -16,7 +16,7 @@ from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
-from ..utils.hub_ids import folder_name, is_hub_id
+from ..utils.published import folder_name, is_hub_id
 from .configs import EMBEDDED, SHIPPED
 from .record import METRIC_DECIMALS, RECORD, assemble_record, card_results
 

@@ -22,7 +22,7 @@ from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.hub_ids import without_path
+from ..utils.published import without_path
 from .configs import EMBEDDED
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..utils.extras import require_extra
+from ..utils.errors import require_extra
 
 
 with require_extra("train"):

@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 
-from ..utils.extras import require_extra
+from ..utils.errors import require_extra
 
 
 # Imported first, so that the error of a missing package names the extra of training, not that of evaluation.
@@ -38,8 +38,7 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.pair_loss import ImageInputs, in_chunks
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
-from ..utils.hub_ids import folder_name
-from ..utils.saved_configs import clean_configs
+from ..utils.published import clean_configs, folder_name
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, training_recipe
 from .callbacks import Checks, EpochsAndSeeds, Interrupts, LogitScaleLimit, Pictures, Start
 from .collator import PairCollator

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .extras import require_extra
+from .errors import require_extra
 
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, SURE_PRESENCE
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder, write_image
-from ..utils.hub_ids import folder_name, public_name
+from ..utils.published import folder_name, public_name
 from .viewer import (
     MAX_CHARACTERS,
     MAX_TEXTS,

@@ -13,7 +13,7 @@ from ...data.nouns import NounPrompts
 from ...data.pairs import PairDataset, load_pairs
 from ...data.segmentation import SegmentationDataset, load_segmentation
 from ...data.streams import PairStream
-from ...utils.hub_ids import is_hub_id
+from ...utils.published import is_hub_id
 from .arguments import Arguments, EvaluationArguments
 
 

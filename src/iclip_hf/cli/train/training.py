@@ -22,7 +22,7 @@ from ...training.datasets import CachedPairs, StreamedPairs
 from ...training.features import FeatureCache
 from ...training.statistics import load_statistics, set_statistics
 from ...training.trainer import ICLIPTrainer, last_checkpoint
-from ...utils.hub_ids import public_name
+from ...utils.published import public_name
 from .arguments import Arguments, ModelArguments
 from .data import Data, open_data
 from .summary import summary

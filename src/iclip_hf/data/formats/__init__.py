@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...utils.hub_ids import is_hub_id
+from ...utils.published import is_hub_id
 from ..columns import Columns
 from ..files import expand_braces, is_hidden
 from .arrow import is_saved_dataset, open_arrow

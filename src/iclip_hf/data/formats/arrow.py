@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...utils.errors import loading_errors
-from ...utils.extras import require_extra
+from ...utils.errors import loading_errors, require_extra
 from ..columns import IMAGE_COLUMNS, LABEL_COLUMNS, Columns
 from .source import PackedRows, Source
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ...model.images import image_suffixes
-from ...utils.cache import cache_folder, keep_in_cache
-from ...utils.digests import file_state
+from ...utils.cache import cache_folder, file_state, keep_in_cache
 from ..columns import Columns
 from .source import Source
 

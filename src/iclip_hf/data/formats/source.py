@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...utils.digests import file_state, total_size
+from ...utils.cache import file_state, total_size
 from ..columns import Columns
 
 

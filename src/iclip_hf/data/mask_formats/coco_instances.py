@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...utils.extras import require_extra
+from ...utils.errors import require_extra
 from ..files import read_text
 from .sample import Annotations, SegmentationSample, mask_type
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...model.presence import MIN_PRESENCE, at_prior, is_present
-from ...utils.extras import require_extra
+from ...utils.errors import require_extra
 from ..functional import reliability, to_numpy
 from ..tables import cell, markdown
 from .metric import CannotMeasure, EvaluatedImage, Metric, mean, none_if_nan

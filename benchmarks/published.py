@@ -23,7 +23,7 @@ from iclip_hf.evaluation.protocols import PROTOCOLS, protocol_settings
 from iclip_hf.evaluation.results import read_results
 from iclip_hf.evaluation.tables import cell
 from iclip_hf.utils.files import atomic_write
-from iclip_hf.utils.hub_ids import public_name
+from iclip_hf.utils.published import public_name
 
 
 MODEL = "openai/clip-vit-base-patch16"

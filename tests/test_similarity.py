@@ -72,8 +72,8 @@ def test_rivals_lower_a_map_where_they_match(scale):
     for image, text, y, x in itertools.product(range(2), range(2), range(3), range(4)):
         own, others, shares = exact[0][image, text, y, x], exact[1][image, :, y, x], exact[2][image, text]
         total = (scale * own).exp() + sum(share * (scale * other).exp() for share, other in zip(shares, others))
-        assert competing[image, text, y, x].item() == pytest.approx((own - total.log() / (2 * scale)).item(), abs=1e-5)
-    torch.testing.assert_close(competing[:, 1], maps[:, 1] / 2)  # without rivals, half of the map
+        assert competing[image, text, y, x].item() == pytest.approx((own - total.log() / (4 * scale)).item(), abs=1e-5)
+    torch.testing.assert_close(competing[:, 1], 0.75 * maps[:, 1])  # without rivals, three quarters of the map
 
 
 finite = st.floats(-(2.0**59), 2.0**59, width=32)

@@ -94,11 +94,11 @@ def compete(maps: torch.Tensor, rival_maps: torch.Tensor, weights: torch.Tensor,
     """
     Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals, match too. `rival_maps` are
     `(B, num_rivals, h, w)`, with weights `(B, T, num_rivals)` in [0, 1]. A value s becomes
-    s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), where k is `scale`. This is the mean of s and
-    s - m, where m is the smooth maximum of s and the values of the rivals.
+    s - log(exp(k s) + sum_r w_r exp(k s_r)) / (4 k), where k is `scale`. This is s - m / 4, where m is the smooth
+    maximum of s and the values of the rivals.
     """
     with torch.autocast(maps.device.type, enabled=False):
         highest = rival_maps.amax(1, keepdim=True)  # so that no power is infinite
         powers = weights.float() @ (scale * (rival_maps - highest)).exp().flatten(2)
         log_sum = powers.unflatten(-1, maps.shape[2:]).log() + scale * highest
-        return maps - torch.logaddexp(scale * maps, log_sum) / (2 * scale)
+        return maps - torch.logaddexp(scale * maps, log_sum) / (4 * scale)

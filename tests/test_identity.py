@@ -145,17 +145,7 @@ def other_value(name: str):
 WITHOUT_EFFECT = ICLIPConfig.option_names("training", "weights")
 
 
-def test_every_option_says_what_depends_on_it():
-    """The lists as they were kept by hand."""
-    assert {*ICLIPConfig.option_names()} == {*ICLIPConfig.__annotations__} - {*ICLIPConfig.sub_configs}
-    loss = {"noun_weight", "unknown_weight", "noun_competition", "known_competition", "distillation_weight"}
-    assert {*ICLIPConfig.option_names("training")} == loss | {"map_tokens", "lock_vision"}
-    assert ICLIPConfig.option_names("weights") == ["logit_scale_init_value", "logit_bias_init_value"]
-    always = {"max_over", "attention_quantile", "value_share", "even_patches"}
-    always |= {"feature_image_mean", "feature_image_std", "vision_downsampling"}
-    assert ICLIPConfig().cache_options.keys() == always
-    patches = {"attention_norm", "center_tokens", "map_affinity", "map_tokens"}
-    assert ICLIPConfig(max_over="similarity").cache_options.keys() == always | patches
+def test_cached_features_depend_on_the_known_competition_as_far_as_there_is_one():
     known = [ICLIPConfig(max_over="similarity", known_competition=weight).cache_options for weight in (0, 0.1, 0.2)]
     assert known[0] != known[1] == known[2]
 
@@ -217,7 +207,6 @@ def test_models_of_open_clip_by_weights_layers_images_and_tokens():
         "configuration",
         "processor",
     ]
-    for options in ({"quick_gelu": True}, {"pool_type": "avg"}, {"head_width": 16}):
-        other = made(**options)
-        other.visual.preprocess_cfg = model.visual.preprocess_cfg
-        assert changed(before, identity(other, tokenizer)) == ["configuration"]
+    other = made(quick_gelu=True)
+    other.visual.preprocess_cfg = model.visual.preprocess_cfg
+    assert changed(before, identity(other, tokenizer)) == ["configuration"]

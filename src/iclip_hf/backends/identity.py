@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import ImageProcessingMixin, PreTrainedConfig, ProcessorMixin
+from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..model.configuration_iclip import ICLIPConfig
 from ..utils.cache import file_digest
@@ -22,10 +22,6 @@ _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelin
 _WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype", *ICLIPConfig.option_names("training", "weights")}
 # Options that name the class of a configuration or image processor. They count even if they equal the defaults.
 _KINDS = ("model_type", "image_processor_type")
-# Attributes of the modules of open_clip and timm that change no number.
-_MODULE_STATE = ("training", "grad_checkpointing", "fused_attn")
-# Attributes of a tokenizer of open_clip that change no token: the texts of earlier calls, and the paths of its files.
-_TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "vocab_file")
 
 
 def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
@@ -52,7 +48,7 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
         trained = [getattr(config, name) for name in ("logit_scale_init_value", "logit_bias_init_value")]
         used_dtype, weights = model.dtype, [trained, sorted(model.folder.glob("*.onnx*"))]
     if config is None:  # a model of open_clip
-        config = [str(model), _attributes(model), model.visual.preprocess_cfg, model.visual.image_size]
+        config = [str(model), model.visual.preprocess_cfg, model.visual.image_size]
     return {
         "model": public_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
         "configuration": digest(config),
@@ -80,19 +76,6 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
 
-def _attributes(model: torch.nn.Module) -> dict[str, dict]:
-    """
-    Returns the attributes of all modules that are plain values. `str(module)` leaves some out, such as the number of
-    heads and the kind of pooling.
-    """
-    attributes = {}
-    for name, module in model.named_modules():
-        public = {key: value for key, value in vars(module).items() if key[0] != "_"}
-        plain = {key: value for key, value in public.items() if isinstance(value, (bool, int, float, str, tuple))}
-        attributes[name] = plain | dict.fromkeys(_MODULE_STATE)
-    return attributes
-
-
 def _plain(value):
     """Converts a value to JSON types, or to values that this function converts."""
     if isinstance(value, torch.Tensor):
@@ -111,16 +94,15 @@ def _plain(value):
         defaults = type(value)().to_dict()
         changed = {name: option for name, option in options.items() if name in _KINDS or option != defaults.get(name)}
         return _with_effect(changed)
-    if backend := getattr(value, "backend_tokenizer", None):
-        rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # the last call has set them
+    if isinstance(value, PreTrainedTokenizerBase):
+        if backend := getattr(value, "backend_tokenizer", None):
+            rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # the last call's
+        else:
+            rules = value.get_vocab()
         return [rules, value.special_tokens_map, value.padding_side, value.truncation_side, value.model_input_names]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    attributes = getattr(value, "__dict__", {})
-    if parts := {name: part for name, part in attributes.items() if name not in _TOKENIZER_STATE}:
-        # Items, because the keys of the merges are tuples, which JSON does not have as keys.
-        return {name: [*part.items()] if isinstance(part, dict) else part for name, part in parts.items()}
-    return re.sub(r" at 0x\w+", "", str(value))  # functions, and objects without attributes
+    if hasattr(value, "context_length"):  # a tokenizer of open_clip, which may wrap one of Transformers
+        return [type(value).__name__, value.context_length, getattr(value, "tokenizer", None)]
+    return re.sub(r" at 0x\w+", "", str(value))  # such as a function
 
 
 def _with_effect(options: Mapping) -> dict:

@@ -46,7 +46,6 @@ ARGUMENTS = {
     "init --output new": "--config no-such",
     "export": """
         {empty}/absent new
-        {model} embedded
         {model} new --results {list}
     """,
     "push --dry-run": "{model} a/b/c",

@@ -141,13 +141,6 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, exists):
         pass
 
 
-def test_no_folder_gets_the_name_of_the_embedded_model(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileExistsError, match="embedded: this is the name"), atomic_folder("embedded"):
-        pass
-    assert names(tmp_path) == []
-
-
 def test_a_folder_that_was_filled_meanwhile_stays(tmp_path):
     with pytest.raises(OSError, match="model"), atomic_folder(tmp_path / "model") as built:
         (built / "notes").write_text("of the run")

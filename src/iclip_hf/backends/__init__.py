@@ -57,9 +57,7 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
 def check_model_type(name: str | Path, model_type: str | None, types: Collection[str]) -> None:
     """Raises `ValueError` unless the type of a model is one of `types`."""
     if model_type not in types:
-        if model_type in REFUSED and types is MODEL_TYPES:
-            raise ValueError(f"{name}: a model of type {model_type} cannot be explained: {REFUSED[model_type]}.")
+        reason = f": {REFUSED[model_type]}" if model_type in REFUSED else "; join towers by `iclip init` first"
         raise ValueError(
-            f"{name}: expected a model of type {', '.join(types)}, but got one of type {model_type}; join towers by "
-            "`iclip init` first."
+            f"{name}: expected a model of type {', '.join(types)}, but got one of type {model_type}{reason}."
         )

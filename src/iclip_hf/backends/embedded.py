@@ -111,10 +111,7 @@ def embedded_model() -> Path:
     """
     Returns the folder of a trained ICLIP model (ViT-S/14, EfficientNet-Lite2 and MiniLM-L6), for
     `ICLIPModel.from_pretrained` and `ICLIPProcessor.from_pretrained`. The first call downloads the towers (197 MB),
-    joins them and caches the result.
-
-    Raises:
-        `OSError`: the towers cannot be downloaded, see [`~towers.embedded_towers`].
+    joins them and caches the result. Raises `OSError` if the towers cannot be downloaded.
     """
     return build_once(embedded_folder(), _join)
 

@@ -121,12 +121,10 @@ def _explainable(model, processor) -> ExplainableModel:
         family = getattr(getattr(model, "config", None), "model_type", None)
         fits = family in _FAMILIES and hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
     description = type(model).__name__ + (f" ({family})" if family else "")
-    if family in REFUSED:
-        raise TypeError(f"A {description} cannot be explained: {REFUSED[family]}.")
     if not fits:
         raise TypeError(
             "Expected an ICLIPModel, an ONNXModel, a model of open_clip, or one of transformers of type "
-            f"{', '.join(MODEL_TYPES)}, got {description}: load one of them."
+            f"{', '.join(MODEL_TYPES)}, got {description}: {REFUSED.get(family, 'load one of them')}."
         )
     if not is_open_clip:
         check_processor(getattr(model.config, "_name_or_path", "") or family, processor, model.config)

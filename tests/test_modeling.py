@@ -13,14 +13,13 @@ from transformers import (
     AutoModel,
     AutoModelForZeroShotImageClassification,
     BertModel,
-    PreTrainedModel,
     pipeline,
 )
 from transformers.utils.logging import get_verbosity
 
-from iclip_hf import ICLIPConfig, ICLIPModel
+from iclip_hf import ICLIPModel
 from iclip_hf.backends.loading import load_pretrained
-from iclip_hf.model.towers import VISION_TOWERS, LayerExchange, VisionTowerType
+from iclip_hf.model.towers import LayerExchange
 
 
 POOLINGS = ["masked_max", "max", "average", "class_token"]
@@ -32,8 +31,8 @@ def run(model, **changes):
     return model(**{**tiny_inputs(size=(32, 48)), **changes}, output_similarity_maps=True)
 
 
-@pytest.mark.parametrize(("vision", "text"), list(itertools.product(VISION, TEXT)))
-def test_every_tower_pair_runs_and_survives_saving(vision, text, tmp_path):
+@pytest.mark.parametrize(("vision", "text"), list(zip(VISION, itertools.cycle(TEXT))))
+def test_every_tower_runs_and_survives_saving(vision, text, tmp_path):
     model = tiny_model(vision, text)
     before = run(model)
     assert before.similarity_maps.shape == (2, 3, *GRID)
@@ -65,18 +64,6 @@ def test_attention_is_the_class_tokens_row_of_the_last_layer(vision, tmp_path):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
             torch.testing.assert_close(model.encode_image(pixel_values).raw_attention, row, atol=1e-6, rtol=0)
-
-
-def test_patches_are_the_last_tokens_of_a_tower(monkeypatch):
-    """A tower with a token of another kind before its patches, such as DeiT's of distillation, needs a row only."""
-    monkeypatch.setitem(VISION_TOWERS, "deit", VisionTowerType("DeiTAttention", interpolates=True))
-    monkeypatch.setitem(VISION, "deit", VISION["vit"] | {"model_type": "deit"})
-    model, pixel_values = tiny_model("deit"), tiny_inputs(size=(32, 48))["pixel_values"]
-    with torch.no_grad():
-        tokens = model.encode_image(pixel_values)
-    assert tokens.tower_output.last_hidden_state.shape[1] == 2 + 24
-    assert torch.equal(tokens.patch_tokens, tokens.tower_output.last_hidden_state[:, 2:])
-    assert tokens.raw_attention.shape == (2, 24) and run(model).similarity_maps.shape == (2, 3, *GRID)
 
 
 @pytest.mark.parametrize("vision", VISION)
@@ -215,18 +202,6 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
 def maps_with(model, map_attention):
     model.config.map_attention = map_attention
     return run(model)
-
-
-def test_attention_on_tokens_cancels_in_the_map():
-    """
-    A positive factor of a token is undone by the token's normalisation, so Eq. 12 to the letter would leave the map as
-    it is.
-    """
-    model, tokens = tiny_model(), torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    attention = torch.tensor([0.01, 0.2, 0.5, 0.9, 1.0]).unsqueeze(1)
-    with torch.no_grad():
-        weighted, plain = model.embed_patches(attention * tokens), model.embed_patches(tokens)
-    torch.testing.assert_close(weighted, plain, atol=1e-5, rtol=0)
 
 
 def test_signed_attention_raises_objects_and_lowers_the_background():
@@ -411,9 +386,8 @@ def test_float16_survives_large_features():
     torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize("vision", ["vit", "dinov2"])
-def test_compiles_without_a_graph_break(vision):
-    model = tiny_model(vision)
+def test_compiles_without_a_graph_break():
+    model = tiny_model("dinov2")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         outputs = compiled(**tiny_inputs(size=(32, 48)), output_similarity_maps=True)
@@ -542,26 +516,6 @@ def test_weights_of_a_part_that_the_configuration_lacks_are_refused(tmp_path, ti
     for load in (ICLIPModel.from_pretrained, load_pretrained):
         with pytest.raises(ValueError, match=f"^{tmp_path}: .*config.json.*{weight}"):
             load(tmp_path)
-
-
-def test_a_model_is_loaded_from_one_with_a_head(tmp_path):
-    class WithHead(PreTrainedModel):
-        config_class, base_model_prefix = ICLIPConfig, "iclip"
-        _supports_sdpa = _supports_attention_backend = True
-
-        def __init__(self, config):
-            super().__init__(config)
-            self.iclip, self.head = ICLIPModel(config), torch.nn.Linear(2, 2)
-            self.post_init()
-
-    saved = WithHead(tiny_model(logit_bias_init_value=-2.0).config)
-    saved.save_pretrained(tmp_path)
-    loaded = ICLIPModel.from_pretrained(tmp_path)
-    torch.testing.assert_close(dict(loaded.state_dict()), dict(saved.iclip.state_dict()))
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"logit_bias_init_value": None}))
-    with pytest.raises(ValueError, match="config.json.*without recognition.logit_bias"):  # it would have no presence
-        ICLIPModel.from_pretrained(tmp_path)
 
 
 def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):

@@ -264,17 +264,6 @@ def test_a_present_label_without_a_pixel_is_named(segment, photographs, monkeypa
     assert len(warnings) == 1
 
 
-@pytest.mark.parametrize(
-    "options", [{"threshold": 1.5}, {"threshold": [0.5, 0.5]}, {"min_presence": 50}, {"min_presence": float("nan")}]
-)
-def test_values_that_no_mask_has_are_refused(pipe, segment, photographs, options):
-    """Two thresholds of three labels, too."""
-    (name,) = options
-    for one in (pipe, segment):
-        with pytest.raises(ValueError, match=name):
-            one(str(photographs[0]), LABELS, **options)
-
-
 def test_what_is_no_label_and_no_threshold_is_named(pipe, segment, photographs):
     with pytest.raises(ValueError, match="threshold is a number"):
         pipe(str(photographs[0]), LABELS, threshold=None)

@@ -285,19 +285,6 @@ def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
     assert "[demo]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("host", "family"), [("127.0.0.1", socket.AF_INET), ("[::1]", socket.AF_INET6)])
-def test_a_port_that_is_taken_is_named_before_the_model_loads(host, family, monkeypatch, capsys):
-    monkeypatch.setattr(app, "launch", lambda *args, **options: pytest.fail("was launched"))
-    try:
-        taken = socket.create_server((host.strip("[]"), 0), family=family)
-    except OSError:
-        pytest.skip("this machine has no such address")
-    with taken:
-        port = taken.getsockname()[1]
-        assert iclip("demo", "--host", host, "--port", port) == 2
-    assert f"--host {host}, --port {port}: Address already in use" in capsys.readouterr().err
-
-
 @pytest.fixture
 def page(browser, server):
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}

@@ -49,7 +49,6 @@ ARGUMENTS = {
         {model} new --results {list}
     """,
     "push --dry-run": "{model} a/b/c",
-    "demo": "--host 256.1.1.1",
     "train": """
         absent.csv
         --model {model}

@@ -232,7 +232,7 @@ def test_a_broken_held_out_image_is_left_out(hub, tmp_path, caplog, cached):
     assert one[1] == pytest.approx(other[1], rel=1e-4) and "3.png" in caplog.text
     for number in range(12):
         (tmp_path / "held_out" / f"{number}.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="no held-out pair"):
+    with pytest.raises(ValueError, match="eval_dataset: it has no pairs"):
         run(hub, tmp_path / "all", "--max_steps", 1, "--validation_data", table)
 
 

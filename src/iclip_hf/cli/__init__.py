@@ -35,15 +35,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
+    """Runs a command and returns its exit code. Errors of the user become one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if hasattr(sys.stdout, "reconfigure"):
         # The encoding of stdout may lack characters of names and texts.
         sys.stdout.reconfigure(errors="backslashreplace")
-    return _run(sys.argv[1:] if arguments is None else arguments)
-
-
-def _run(arguments: Sequence[str]) -> int:
-    """Runs a command and returns its exit code. Errors of the user become one line on stderr."""
     # Beside other jobs, threads that spin while they wait make an image ten times slower. Torch reads this when it is
     # imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import socket
 from pathlib import Path
 
 from .inputs import silence_transformers
@@ -28,13 +27,6 @@ def run(args: argparse.Namespace) -> None:
             print_lines(f"http://{args.host}:{server.server_port}/")
             server.serve_forever()
         return
-    host = args.host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, args.port or 0), family=family).close()
-    except OSError as error:  # Gradio would report it less plainly, or only after trying each port
-        port = f", --port {args.port}" if args.port else ""
-        raise ValueError(f"--host {args.host}{port}: {error.strerror}.") from error
     print_to_stderr("demo", f"loading Gradio and {args.model}, which may take a minute")
     from ..demo.app import launch
 

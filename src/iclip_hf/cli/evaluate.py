@@ -10,7 +10,7 @@ from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..evaluation.protocols import protocol_settings
 from ..utils.files import check_new_folder, check_outputs, check_outside
 from .inputs import load_model
-from .options import DATASET, MODEL, PREPARATION, add_shared, at_least_1, fraction, name_of, number, seed, texts
+from .options import DATASET, MODEL, add_shared, at_least_1, fraction, name_of, number, seed, texts
 from .output import check_output_file, model_folders, print_lines, print_to_stderr
 
 
@@ -38,9 +38,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, *DATASET[:2], required=True)
     add_shared(parser, *DATASET[2:])
     parser.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
-    add_shared(parser, *MODEL, *PREPARATION, "--methods", "--multi-scale")
+    add_shared(parser, *MODEL, "--template", "--methods", "--multi-scale")
     add_shared(parser, "--refine", default=False)
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    add_shared(size, "--image-size")
+    size.add_argument(
         "--short-side",
         type=at_least_1,
         metavar="PIXELS",
@@ -77,8 +79,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..data.segmentation import load_segmentation
 
-    if args.image_size and args.short_side:
-        raise ValueError("--image-size and --short-side set the same size: leave out one of them.")
     overrides, methods = args.overrides, args.methods
     if args.protocol:
         settings = protocol_settings(args.protocol, args.dataset)

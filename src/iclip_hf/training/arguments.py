@@ -94,9 +94,7 @@ def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0,
     num_usable = num_pairs - int(max_bad_share * num_pairs)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     batch_size = given.get("per_device_train_batch_size", max(min(num_usable, 256) // processes, 1))
-    steps = given.get(
-        "max_steps", max(FEW_PAIRS_STEPS, num_usable // max(batch_size * processes, 1))
-    )  # 0 is refused later
+    steps = given.get("max_steps") or max(FEW_PAIRS_STEPS, num_usable // max(batch_size * processes, 1))
     chosen = {
         "per_device_train_batch_size": batch_size,
         "max_steps": steps,

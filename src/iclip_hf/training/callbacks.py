@@ -48,15 +48,10 @@ class Checks(TrainerCallback):
         _check_towers(model, args, pairs, train_dataloader.collate_fn)
         has_few_steps = args.max_steps <= 0 and state.max_steps < FEW_STEPS and not isinstance(pairs, IterableDataset)
         if has_few_steps and state.is_world_process_zero:
-            num_batches, batch_size = len(train_dataloader), args.per_device_train_batch_size * args.world_size
             logger.warning(
-                "The training has %d steps, which teach little: an epoch of %d pairs is %d batches of %d, which leave "
-                "%d pairs out. Raise num_train_epochs, or lower per_device_train_batch_size.",
+                "The training has %d steps, which teach little. Raise num_train_epochs, or lower "
+                "per_device_train_batch_size: an epoch leaves out the pairs that do not fill a batch.",
                 state.max_steps,
-                len(pairs),
-                num_batches,
-                batch_size,
-                max(len(pairs) - num_batches * batch_size, 0),
             )
 
 

@@ -130,8 +130,6 @@ class ICLIPTrainer(Trainer):
         if eval_dataset is None:
             eval_dataset = map_dataset
         elif map_dataset is not None and isinstance(eval_dataset, dict):
-            if "maps" in eval_dataset:
-                raise ValueError("eval_dataset: 'maps' is the name of map_dataset; choose another one.")
             eval_dataset = {**eval_dataset, "maps": map_dataset}
         processing_class = processing_class or getattr(data_collator, "processor", None)
         if processing_class is None:
@@ -165,10 +163,8 @@ class ICLIPTrainer(Trainer):
 
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *arguments, **kwargs):
         """Like the base class. The default of `compute_objective` is `eval_loss`, even if there are other metrics."""
-        if compute_objective is None and isinstance(self.eval_dataset, (dict, SegmentationDataset)):
-            raise ValueError("compute_objective: name one; several held-out sets, or maps alone, have no eval_loss.")
-        objective = compute_objective or itemgetter("eval_loss")
-        return super().hyperparameter_search(hp_space, objective, *arguments, **kwargs)
+        compute_objective = compute_objective or itemgetter("eval_loss")
+        return super().hyperparameter_search(hp_space, compute_objective, *arguments, **kwargs)
 
     @property
     def kept_start(self) -> bool:
@@ -263,11 +259,11 @@ class ICLIPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Like the base class. Adds the losses of both branches in the last step, and their logit scales."""
         if "loss" in logs:
-            names = ("recognition_loss", "map_loss")
-            logs |= {name: float(loss) for name, loss in zip(names, self._last_losses)}
-            branches = (self.model.recognition, self.model.interpretability)
-            names = ("logit_scale", "map_logit_scale")
-            logs |= {name: branch.logit_scale.exp().item() for name, branch in zip(names, branches) if branch}
+            for name, loss in zip(("recognition_loss", "map_loss"), self._last_losses):
+                logs[name] = float(loss)
+            logs["logit_scale"] = self.model.recognition.logit_scale.exp().item()
+            if self.model.interpretability is not None:
+                logs["map_logit_scale"] = self.model.interpretability.logit_scale.exp().item()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:

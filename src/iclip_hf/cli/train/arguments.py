@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,18 @@ class Arguments(NamedTuple):
     training: RunArguments
 
 
+# The smallest and the largest value of arguments that Transformers does not check, or after what depends on them.
+_RANGES = {
+    "num_train_epochs": (1e-6, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "chunk_size": (1, math.inf),
+    "keep_presence": (0, math.inf),
+    "max_bad_share": (0, 1),
+    "random_erasing": (0, 1),
+    "crop_scale": (1e-6, 1),
+}
 _DATACLASSES = (ModelArguments, DataArguments, EvaluationArguments, RunArguments)
 
 
@@ -158,12 +171,9 @@ def resolve_arguments(values: Mapping, given: Mapping = MappingProxyType({})) ->
     if "output_dir" not in values:
         values["output_dir"] = f"{RUNS}/{Path(values['config']).resolve().parent.name}"
     values.setdefault("report_to", "none")
-    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for name in ("num_train_epochs", *batches, "chunk_size"):  # Transformers would refuse what depends on them
-        if values.get(name, 1) <= 0:
-            raise ValueError(f"{name}: {values[name]} is not above 0.")
-    if values.get("max_steps") == 0:  # -1 stands for none
-        raise ValueError("max_steps: 0 is no number of steps; leave it out to train for num_train_epochs.")
+    for name, (low, high) in _RANGES.items():
+        if name in values and not low <= values[name] <= high:
+            raise ValueError(f"{name}: {values[name]} is not in [{low}, {high}].")
     values = _with_evaluation(values, given)
     arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
     _check(arguments)
@@ -191,16 +201,9 @@ def _with_evaluation(values: Mapping, given: Mapping) -> dict:
 
 
 def _check(arguments: Arguments) -> None:
-    """Raises `ValueError` for a wrong value, or for values that contradict each other."""
+    """Raises `ValueError` for values that are missing or contradict each other."""
     model, data = arguments.model, arguments.data
     parse_options(model.model_options)  # raises for one that is not name=value
-    for name in ("max_bad_share", "random_erasing"):
-        if not 0 <= getattr(data, name) <= 1:
-            raise ValueError(f"{name}: {getattr(data, name)} is not in [0, 1].")
-    if arguments.training.keep_presence < 0:
-        raise ValueError(f"keep_presence: {arguments.training.keep_presence} is not a weight of at least 0.")
-    if not 0 < data.crop_scale <= 1:
-        raise ValueError(f"crop_scale: {data.crop_scale} is not in (0, 1].")
     if not data.data:
         raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
     if arguments.evaluation.validation_data and arguments.evaluation.validation_share:
@@ -211,10 +214,8 @@ def _check(arguments: Arguments) -> None:
             f"model={model.model!r}, vision={model.vision!r}, text={model.text!r}: set either model, or vision and "
             "text."
         )
-    if model.model and model.image_size:
-        raise ValueError("image_size: the images of a model have the size of its processor; leave it out.")
-    if model.model and model.feature_tower:
-        raise ValueError("feature_tower: a trained model has its own towers; leave it out.")
+    if model.model and (model.image_size or model.feature_tower):
+        raise ValueError("image_size, feature_tower: a trained model has its own; leave them out.")
     if arguments.training.keep_presence and not (model.model and model.lock_text):
         raise ValueError("keep_presence: it needs a model to train further and lock_text; leave it out.")
 

@@ -89,10 +89,7 @@ def _hold_out(
         return pairs, None
     # One broken pair may be a large share of few held-out pairs. Each is logged and left out.
     held_out.max_bad_share = 1.0
-    held_out = held_out.readable()
-    if not len(held_out):
-        raise ValueError("validation_data, validation_share: no held-out pair can be read; fix the data.")
-    return pairs, held_out
+    return pairs, held_out.readable()
 
 
 def warn_of_unknown_labels(pairs: PairDataset | PairStream, nouns: NounPrompts) -> None:

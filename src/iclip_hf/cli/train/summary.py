@@ -9,6 +9,7 @@ from pathlib import Path
 from ...data.pairs import PairDataset
 from ...training.arguments import MAP_METRICS, RETRIEVAL_METRICS
 from ...training.evaluation import MIN_PAIRS_FOR_INTERVAL
+from ...utils.tables import table
 
 
 _IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast")
@@ -57,15 +58,13 @@ def _metric_lines(log_history: Sequence[Mapping], best_step: int | None, held_ou
     if not after:
         return ["Nothing was measured: name --validation_data, or hold out a part by --validation_share."]
     too_few = held_out is not None and len(held_out) < MIN_PAIRS_FOR_INTERVAL
-    changes = {name: _change(after, name) for name in filter(_is_metric, after)}
-    heading = "change (95 %)" if before and not too_few and any(changes.values()) else ""
-    rows = [["", "before", "after", heading] if before else ["", "", "", ""]]
-    for name, change in changes.items():
+    rows = []
+    for name in filter(_is_metric, after):
         metric = name.removeprefix("eval_")
         metric += " %" if metric in _IN_PERCENT else ""
-        number_before = _number(before[name]) if before else ""
-        rows.append([metric, number_before, _number(after[name]), change if heading else ""])
-    lines = ["{:<16}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
+        change = _change(after, name) if before and not too_few else ""
+        rows.append([metric, _number(before[name]) if before else "", _number(after[name]), change])
+    lines = table(["", "before", "after", "change (95 %)"], rows)
     if held_out is not None:
         lines.append(f"{len(held_out)} held-out pairs{', too few to tell a change' if too_few else ''}")
     return lines

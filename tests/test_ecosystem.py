@@ -294,4 +294,4 @@ def test_the_guide_explains_a_dataset_in_two_processes(world, tmp_path):
         regions = [(label, region) for label in expected.labels for region in expected.regions(label)]
         assert [*row["labels"]] == [label for label, _ in regions] and len(regions) > 0
         assert [[*box] for box in row["boxes"]] == [[*region.box] for _, region in regions]
-        np.testing.assert_allclose(row["scores"], [region.score for _, region in regions], atol=1e-4)
+        np.testing.assert_allclose(row["scores"], [region.mean for _, region in regions], atol=1e-4)

@@ -717,7 +717,7 @@ def test_the_guide_writes_annotations_that_pycocotools_reads(tiny_processor, tmp
                 mask[y0:y1, x0:x1] = region.inside
                 assert np.array_equal(read.annToMask(annotation), mask) and annotation["area"] == mask.sum()
                 assert annotation["bbox"] == coco.maskUtils.toBbox(read.annToRLE(annotation)).tolist()
-                assert annotation["score"] == pytest.approx(region.score, abs=1e-4) and not annotation["iscrowd"]
+                assert annotation["score"] == pytest.approx(region.mean, abs=1e-4) and not annotation["iscrowd"]
 
 
 def test_a_text_that_is_cut_is_told(tiny_processor, caplog):

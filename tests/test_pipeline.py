@@ -71,7 +71,12 @@ def assert_same(answers, others):
 
 def test_answers_are_those_of_model_and_processor(pipe, photographs):
     image = PILImage.open(photographs[0])
-    options = {"template": ["{}", "a photo of the {}"], "threshold": 0.3, "min_presence": 0, "refine": False}
+    options = {
+        "hypothesis_template": ["{}", "a photo of the {}"],
+        "threshold": 0.3,
+        "min_presence": 0,
+        "refine": False,
+    }
     answers = pipe(image, LABELS, **options)
     with torch.no_grad():
         inputs = pipe.processor(images=[image], labels=LABELS, templates=["{}", "a photo of the {}"])
@@ -249,7 +254,7 @@ def test_segments_are_the_label_map_of_model_and_processor(segment, photographs,
     assert [one["label"] for one in answers] == [label for k, label in enumerate(LABELS) if (found == k).any()]
     assert answers
     for one in answers:
-        assert one.keys() == {"label", "score", "mask"} and 0 <= one["score"] <= 1
+        assert one.keys() == {"label", "score", "presence", "mask"} and 0 <= one["presence"] <= 1
         assert one["mask"].mode == "L" and one["mask"].size == image.size
         np.testing.assert_array_equal(np.asarray(one["mask"]), 255 * (found == LABELS.index(one["label"])))
 
@@ -280,7 +285,7 @@ def test_other_models_are_refused(pipe):
 
 def test_absent_labels_have_no_segment(segment, photographs):
     answers = {
-        one["label"]: one["score"] for one in segment(str(photographs[0]), LABELS, threshold=None, min_presence=0)
+        one["label"]: one["presence"] for one in segment(str(photographs[0]), LABELS, threshold=None, min_presence=0)
     }
     assert len(answers) > 1
     best = max(answers, key=answers.get)

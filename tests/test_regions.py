@@ -38,8 +38,8 @@ def test_two_objects_by_hand():
     heatmap[3, 3] = 0.7  # touches by a corner
     heatmap[0, 6:8] = 0.9, 1.0
     first, second = find_regions(heatmap, heatmap > 0.5)
-    assert first.box == (6, 0, 8, 1) and first.score == pytest.approx(0.95)
-    assert second.box == (1, 1, 4, 4) and second.score == pytest.approx(3.5 / 5)
+    assert first.box == (6, 0, 8, 1) and first.mean == pytest.approx(0.95)
+    assert second.box == (1, 1, 4, 4) and second.mean == pytest.approx(3.5 / 5)
     assert second.inside.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     assert first.mask.shape == second.mask.shape == heatmap.shape and not (first.mask & second.mask).any()
     assert (first.mask | second.mask == (heatmap > 0.5)).all()
@@ -75,9 +75,9 @@ def test_regions_are_the_parts_of_a_flood_fill(seed):
         ys, xs = zip(*part)
         expected[min(xs), min(ys), max(xs) + 1, max(ys) + 1, len(part)] = np.mean([heatmap[place] for place in part])
     regions = find_regions(heatmap, mask, 0, 0)
-    found = {(*region.box, int(region.inside.sum())): region.score for region in regions}
+    found = {(*region.box, int(region.inside.sum())): region.mean for region in regions}
     assert found == pytest.approx(expected)
-    weights = [region.inside.sum() * (region.score - heatmap[mask].min()) for region in regions]
+    weights = [region.inside.sum() * (region.mean - heatmap[mask].min()) for region in regions]
     assert weights == sorted(weights, reverse=True)
 
 

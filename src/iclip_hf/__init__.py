@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .backends.embedded import embedded_model
     from .backends.loading import load
     from .evaluation.evaluate import evaluate_model
-    from .explainers.explain import explain
+    from .explainers.explain import explain, explain_images
     from .model.configuration_iclip import ICLIPConfig
     from .model.explanation import Explanation, coco_annotations
     from .model.modeling_iclip import ICLIPModel
@@ -39,6 +39,7 @@ _MODULES = {
     "example_image": ".plots",
     "evaluate_model": ".evaluation.evaluate",
     "explain": ".explainers.explain",
+    "explain_images": ".explainers.explain",
     "Explanation": ".model.explanation",
     "ICLIPConfig": ".model.configuration_iclip",
     "ICLIPImageFeatures": ".model.outputs",

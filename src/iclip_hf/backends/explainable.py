@@ -31,6 +31,9 @@ class ExplainableModel(ABC):
         reads_features (`bool`): whether the score is computed from the feature tower alone, which only ICLIP models
             have.
         has_attention (`bool`): whether the image tower has attention, in its blocks or in its pooling.
+        min_presence (`float`): presence from which a text counts as shown, by default. It is 0 for models other than
+            ICLIP: the presence of SigLIP, for example, is at the prior of its training, about one text in 32,767, so
+            it hides no mask.
         default_method (`str`): the method for `method=None`. It shows where a text is for this kind of model.
             docs/methods.md has the reasons.
     """
@@ -38,6 +41,7 @@ class ExplainableModel(ABC):
     pools_patches = False
     reads_features = False
     has_attention = True
+    min_presence = 0.0
     default_method = "itsm"
 
     def __init__(self, model, processor):

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import ICLIPModel
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.presence import MIN_PRESENCE
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.tower_loading import check_text_tower
 from .explainable import (
@@ -55,6 +56,8 @@ class TransformersModel(RecordableModel):
 
 class _ICLIP(ExplainableModel):
     """ICLIP, in PyTorch or ONNX: attention, maps, logits and presence are the model's own."""
+
+    min_presence = MIN_PRESENCE
 
     def __init__(self, model: ICLIPModel | ONNXModel, processor: ICLIPProcessor):
         super().__init__(model, processor)

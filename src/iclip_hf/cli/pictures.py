@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..model.images import is_url
-from ..model.presence import MIN_PRESENCE, is_present, presence_text
+from ..model.presence import is_present, presence_text
 from ..utils.tables import table
 from .inputs import image_names, load_model, load_named_image
 from .options import MODEL, PREPARATION, add_shared, fraction
@@ -53,9 +53,9 @@ def add_image_options(parser: argparse.ArgumentParser, *, output_help: str, **te
     parser.add_argument(
         "--min-presence",
         type=fraction,
-        default=MIN_PRESENCE,
         metavar="NUMBER",
-        help="a text with a lower presence, in [0, 1], counts as absent and gets an empty mask (default: %(default)s)",
+        help="a text with a lower presence, in [0, 1], counts as absent and gets an empty mask (default: 0.5; 0 for "
+        "models like SigLIP, whose presence is at the prior of their training)",
     )
     parser.add_argument("--output", type=Path, metavar="PATH", help=output_help)
     json_help = "print a line of JSON for each image, with run-length masks, and write only what other options ask for"
@@ -94,6 +94,8 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
         open_image(names[0], decode=False)  # raises before the model is loaded
     picture, folder = _outputs(args, kind, names, is_single)
     engine = _load_engine(args)
+    if args.min_presence is None:
+        args.min_presence = engine.model.min_presence
     texts = _texts(args, engine)
     problems = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
@@ -37,6 +38,22 @@ def image_files(folder: Path) -> list[Path]:
         if left_out:
             logger.warning("%s: left out %d files such as %r: %s", folder, len(left_out), min(left_out), reason)
     return sorted(file for file in images if not is_output_name(file.name))
+
+
+def images_of(name: str | os.PathLike) -> list[Path] | None:
+    """
+    Returns the images of a folder, or the files of a pattern such as "photos/*.jpg"; None for another name. Raises
+    `FileNotFoundError` if there are none.
+    """
+    if os.path.isdir(name):
+        images = image_files(Path(name))
+    elif "*" in os.fspath(name) and not os.path.exists(name):
+        images = [Path(file) for file in sorted(glob.glob(name, recursive=True))]
+    else:
+        return None
+    if not images:
+        raise FileNotFoundError(f"{name}: there are no images here.")
+    return images
 
 
 def is_hidden(name: str) -> bool:

@@ -36,7 +36,7 @@ from .explanation import Explanation
 from .images import load_image
 from .naming import best_texts
 from .outputs import ICLIPImageFeatures, ICLIPTextFeatures
-from .presence import EVEN_PRIOR, at_prior, check_priors
+from .presence import EVEN_PRIOR, MIN_PRESENCE, at_prior, check_priors
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .questions import Answers, AskedImage, Best, Question
@@ -285,6 +285,7 @@ class Engine:
                 prior=EVEN_PRIOR if question.priors is None else question.priors[indices],
                 image=image.image,
                 all_scores=scores[position],
+                min_presence=getattr(self.model, "min_presence", MIN_PRESENCE),
                 method=self.method_name,
                 refined=self.refine,
             )

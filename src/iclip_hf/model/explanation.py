@@ -114,6 +114,11 @@ class Explanation:
             raise IndexError(f"There is no text {text}: the {len(self)} texts are {self.labels}.") from None
 
     @property
+    def texts(self) -> list[str]:
+        """The same as `labels`."""
+        return self.labels
+
+    @property
     def maps(self) -> torch.Tensor:
         """All maps, `(T, H, W)`, computed at each access. `map` needs less memory for many texts."""
         return resize_and_normalize(self.raw_maps, self.size)
@@ -228,8 +233,8 @@ class Explanation:
 
             - **text** (`str`), **score** (`float`), **presence** and its **prior** (`float`; both None if the model
               has no presence)
-            - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in
-              [0, 1]; `box`, [xmin, ymin, xmax, ymax] in pixels, xmax and ymax exclusive; `positive_points` and
+            - **regions** (list of `dict`): connected parts of the mask, best first: `mean` of the map, in [0, 1];
+              `box`, [xmin, ymin, xmax, ymax] in pixels, xmax and ymax exclusive; `positive_points` and
               `negative_points`, [x, y] in pixels
             - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
 
@@ -237,6 +242,22 @@ class Explanation:
             whether the mask is empty.
         """
         return {**self.settings(), "texts": [self._text_to_dict(index) for index in range(len(self))]}
+
+    def to_supervision(self):
+        """
+        Returns the regions of all texts as [`supervision.Detections`](https://supervision.roboflow.com): `confidence`
+        is the mean of the map, `class_id` the index of the text, and `data["class_name"]` the text.
+        """
+        import supervision
+
+        found = [(index, region) for index in range(len(self)) for region in self.regions(index)]
+        return supervision.Detections(
+            xyxy=np.array([region.box for _, region in found], np.float32).reshape(-1, 4),
+            confidence=np.array([region.mean for _, region in found], np.float32),
+            class_id=np.array([index for index, _ in found], int),
+            mask=np.array([region.mask for _, region in found], bool).reshape(-1, *self.size),
+            data={"class_name": np.array([self.labels[index] for index, _ in found], str)},
+        )
 
     def settings(self) -> dict:
         """Returns `height` and `width` of maps and masks in pixels, and `method` and `refined` of the maps."""
@@ -255,7 +276,7 @@ class Explanation:
             "prior": None if self.presence is None else float(f"{self.priors[index]:.4g}"),
             "regions": [
                 {
-                    "score": round(region.score, 4),
+                    "mean": round(region.mean, 4),
                     "box": list(region.box),
                     "positive_points": positive_points(heatmap, region).tolist(),
                     "negative_points": negative,
@@ -301,7 +322,7 @@ def coco_annotations(
                     "area": int(region.inside.sum()),
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
                     "iscrowd": 0,
-                    "score": round(region.score, 4),
+                    "score": round(region.mean, 4),
                 }
             )
     return annotations

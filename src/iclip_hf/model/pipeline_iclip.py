@@ -1,6 +1,7 @@
 """Pipelines that predict scores, maps and masks, or segments, for images and labels."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -60,7 +61,11 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         check_processor(self.model.name_or_path, self.processor, self.model.config)
 
     def __call__(
-        self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
+        self,
+        images,
+        candidate_labels: str | Sequence[str],
+        hypothesis_template: str | Sequence[str] | None = None,
+        **kwargs,
     ):
         """
         Explains images.
@@ -70,8 +75,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
                 generator of images.
             candidate_labels (`str` or T of them): class names or phrases. In one string, commas separate the labels,
                 as in transformers. In a list, commas belong to the label, see [`split_texts`].
-            template (`str` or a list, *optional*): templates of prompts, with one `{}` for the label; the processor's
-                if not given. The features of several prompts are averaged. `"{}"` takes the labels as they are.
+            hypothesis_template (`str` or a list, *optional*): templates of prompts, with one `{}` for the label, also
+                by the name `templates`; the processor's if not given. The features of several prompts are averaged.
+                `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask has the pixels where the map is
                 greater.
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.
@@ -106,7 +112,13 @@ class ImageTextSimilarityMapPipeline(Pipeline):
                 templates, or [`Explanation`] refuses thresholds or `min_presence`.
         """
         labels = _strings("candidate_labels", candidate_labels)
-        encoded = Engine(self.model, self.processor, templates=template).encode(labels)
+        if "template" in kwargs:
+            warnings.warn(
+                "template is hypothesis_template; the old name goes with the next release.", FutureWarning, 2
+            )
+        for name in ("templates", "template"):
+            hypothesis_template = kwargs.pop(name, hypothesis_template)
+        encoded = Engine(self.model, self.processor, templates=hypothesis_template).encode(labels)
         return super().__call__(images, candidate_labels=labels, text_features=encoded, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
@@ -174,7 +186,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
 
     >>> pipe = pipeline("zero-shot-image-segmentation", model="org/iclip-vit-b16", trust_remote_code=True)
     >>> answers = pipe("dog.jpg", candidate_labels=["dog", "red ball"])
-    >>> answers[0]["label"], answers[0]["score"], answers[0]["mask"].size
+    >>> answers[0]["label"], answers[0]["presence"], answers[0]["mask"].size
     ('dog', 0.98, (640, 480))
     ```
     """
@@ -186,14 +198,14 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         images,
         candidate_labels: str | Sequence[str],
         background_labels: str | Sequence[str] = (),
-        template: str | Sequence[str] | None = None,
+        hypothesis_template: str | Sequence[str] | None = None,
         **kwargs,
     ):
         """
         Segments images.
 
         Args:
-            images, template: as for [`ImageTextSimilarityMapPipeline`].
+            images, hypothesis_template: as for [`ImageTextSimilarityMapPipeline`].
             candidate_labels (`str` or T of them): as for [`ImageTextSimilarityMapPipeline`].
             background_labels (`str` or a list): texts that describe the background, such as "sky" and "wall", in the
                 form of `candidate_labels`. They compete like the others, and their pixels are background.
@@ -209,15 +221,15 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             over them, as for [`ImageTextSimilarityMapPipeline`]. The items are:
 
             - **label** (`str`)
-            - **score** (`float`): presence of the label, in [0, 1], like the confidence in "image-segmentation". If
-              the model has no presence, it is the cosine.
+            - **score** (`float`): cosine of image and label, in [-1, 1].
+            - **presence** (`float`): probability that the image shows the label; None if the model has no presence.
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0
               elsewhere.
         """
         labels = _strings("candidate_labels", candidate_labels)
         background = _strings("background_labels", background_labels) if background_labels else []
         kwargs["background"] = range(len(labels), len(labels) + len(background))
-        return super().__call__(images, labels + background, template, **kwargs)
+        return super().__call__(images, labels + background, hypothesis_template, **kwargs)
 
     def postprocess(
         self,
@@ -234,11 +246,12 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             threshold=threshold,
             min_presence=min_presence,
         )
-        scores = explanation.scores.tolist() if explanation.presence is None else explanation.presences
-        answers = []
-        for score, (label, mask, is_covered) in zip(scores, explanation.segments(background)):
+        scores, presences, answers = explanation.scores.tolist(), explanation.presences, []
+        segments = explanation.segments(background)
+        for score, presence, (label, mask, is_covered) in zip(scores, presences, segments):
             if mask.any():
-                answers.append({"label": label, "score": score, "mask": _mask(mask, return_json)})
+                mask = _mask(mask, return_json)
+                answers.append({"label": label, "score": score, "presence": presence, "mask": mask})
             if is_covered:
                 logger.warning(f"{label!r} is present, but other labels match better in most of its mask.")
         return answers

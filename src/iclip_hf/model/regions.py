@@ -7,6 +7,7 @@ parts are found here. They are found from runs instead of pixels, which takes an
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,16 +28,22 @@ class Region:
 
     Attributes:
         box (`tuple[int, int, int, int]`): (xmin, ymin, xmax, ymax) in pixels; xmax and ymax are exclusive.
-        score (`float`): mean of the map over the region, in [0, 1].
+        mean (`float`): mean of the map over the region, in [0, 1].
         size (`tuple[int, int]`): height and width of the mask in pixels.
         runs (`np.ndarray` of shape `(num_runs, 3)`): y, first x and end x (exclusive) of each horizontal run of its
             pixels.
     """
 
     box: tuple[int, int, int, int]
-    score: float
+    mean: float
     size: tuple[int, int]
     runs: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def score(self) -> float:
+        """The old name of `mean`."""
+        warnings.warn("Region.score is Region.mean; the old name goes with the next release.", FutureWarning, 2)
+        return self.mean
 
     @cached_property
     def inside(self) -> np.ndarray:

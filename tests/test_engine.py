@@ -19,7 +19,13 @@ from families import LABELS, pixels, raw_maps
 from PIL import Image
 from transformers import CLIPImageProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
-from iclip_hf import ICLIPProcessor, ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, draw
+from iclip_hf import (
+    ICLIPProcessor,
+    ImageTextSimilarityMapPipeline,
+    ZeroShotImageSegmentationPipeline,
+    draw,
+    explain_images,
+)
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, Explainer, explainer_class, make_explainer, register_explainer
@@ -726,3 +732,25 @@ def test_a_text_that_is_cut_is_told(tiny_processor, caplog):
     assert not caplog.records
     engine.encode(["dog", "dog " * 100])
     assert "77 tokens or more; the others are cut off" in caplog.text
+
+
+def test_a_stream_of_images_is_explained_as_it_comes(tiny_processor, tmp_path, caplog):
+    """One image after the other; an unreadable one is skipped if asked for. `explain` takes a folder or a pattern."""
+    for number, image in enumerate(IMAGES):
+        image.convert("RGB").save(tmp_path / f"{number}.png")
+    (tmp_path / "text.png").write_text("no image")
+    model, files = (tiny_model(), tiny_processor), sorted(tmp_path.iterdir())
+    read = []
+    stream = explain_images(model, map(lambda file: read.append(file) or file, files), ["dog"], batch_size=1)
+    first = next(stream)
+    assert len(read) == 1 and first.size == IMAGES[0].size[::-1]
+    with pytest.raises(ValueError, match="text.png"):
+        list(stream)
+    *found, last = explain_images(model, files, ["dog"], skip_unreadable=True)
+    assert last is None and "text.png" in caplog.text
+    (tmp_path / "text.png").unlink()
+    for images in (str(tmp_path), f"{tmp_path}/*.png"):
+        for one, other in zip(explain(model, images, ["dog"]), found, strict=True):
+            torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-4, rtol=0)
+    with pytest.raises(TypeError, match="labels: what to look for is given as `texts`"):
+        explain(model, IMAGES[0], labels=["dog"])

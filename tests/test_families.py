@@ -140,6 +140,7 @@ def test_maps_of_siglip_are_the_same_by_either_library(tiny_processor):
     processor = SimpleNamespace(image_processor=SiglipImageProcessor(), tokenizer=tiny_processor.tokenizer)
     pair, texts = [load((model, tokenizer)), load((other, processor))], unit_texts(32)
     torch.testing.assert_close(*(one.presence(torch.tensor([0.1, 0.3])) for one in pair), atol=1e-6, rtol=0)
+    assert [one.min_presence for one in pair] == [0, 0]  # the prior of their training hides no mask
     for method in sorted({*METHODS} - {"attention_affinity", "competing_itsm", "proxyclip"}):
         found, expected = (raw_maps(make_explainer(one, method), pixels((32, 32)), texts) for one in pair)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

@@ -45,11 +45,14 @@ def image_names(names: Sequence[str]) -> list[str]:
     Replaces each folder among the names by its images, without pictures that the commands wrote. Raises
     `FileNotFoundError` for a name that does not exist, and for a folder without images.
     """
-    from ..data.files import images_of
-
     if missing := [name for name in names if not is_url(name) and not Path(name).exists()]:
         raise FileNotFoundError(f"{missing[0]!r}: there is no such image file or folder; write --text before a text.")
     images = []
     for name in names:
-        images += map(str, images_of(name)) if os.path.isdir(name) else [name]
+        if os.path.isdir(name):
+            from ..data.files import images_of
+
+            images += map(str, images_of(name))
+        else:
+            images.append(name)
     return images

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from measuring import command_line, cost, machine, medians, ratio, table, take_turns, why_not
+from measuring import command_line, cost, has_bfloat16, machine, medians, ratio, table, take_turns, why_not
 from PIL import Image
 from torch.nn import functional as F
 from transformers import pipeline
 
 from iclip_hf import ICLIPModel, load
-from iclip_hf.backends.loading import has_bfloat16, load_iclip
+from iclip_hf.backends.loading import load_iclip
 from iclip_hf.demo.questions import encode_photo, to_npz, viewer_value
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.processing_iclip import ICLIPProcessor

@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
+from measuring import command_line, cost, has_bfloat16, machine, medians, needed, ratio, table, take_turns
 from torch.utils.data import DataLoader, Dataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
-from iclip_hf.backends.loading import has_bfloat16
 from iclip_hf.backends.towers import embedded_towers
 from iclip_hf.data.pairs import load_pairs
 

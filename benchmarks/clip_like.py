@@ -11,12 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from measuring import command_line, mean_and_spread, table
+from measuring import command_line, has_bfloat16, mean_and_spread, table
 from torch import nn
 from tqdm import tqdm
 
 from iclip_hf import load
-from iclip_hf.backends.loading import has_bfloat16
 from iclip_hf.backends.towers import embedded_towers
 from iclip_hf.cli import main as iclip
 from iclip_hf.data.pairs import PairDataset, load_pairs

@@ -52,6 +52,11 @@ def machine(*packages: str) -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {device}; {versions}"
 
 
+def has_bfloat16() -> bool:
+    """Returns whether this processor has instructions for bfloat16, by a function of torch that is private in 2.13."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def seconds(function: Callable[[], object]) -> float:
     """Returns the seconds that one call takes."""
     start = time.perf_counter()

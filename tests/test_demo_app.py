@@ -1,10 +1,8 @@
 import base64
 import importlib.util
 import io
-import itertools
 import re
 import shutil
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path

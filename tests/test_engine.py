@@ -741,12 +741,12 @@ def test_a_stream_of_images_is_explained_as_it_comes(tiny_processor, tmp_path, c
     (tmp_path / "text.png").write_text("no image")
     model, files = (tiny_model(), tiny_processor), sorted(tmp_path.iterdir())
     read = []
-    stream = explain_images(model, map(lambda file: read.append(file) or file, files), ["dog"], batch_size=1)
+    stream = explain_images(model, (read.append(file) or file for file in files), ["dog"], batch_size=1)
     first = next(stream)
     assert len(read) == 1 and first.size == IMAGES[0].size[::-1]
     with pytest.raises(ValueError, match="text.png"):
         list(stream)
-    *found, last = explain_images(model, files, ["dog"], skip_unreadable=True)
+    *found, last = explain_images(model, files, ["dog"], refine=False, skip_unreadable=True)
     assert last is None and "text.png" in caplog.text
     (tmp_path / "text.png").unlink()
     for images in (str(tmp_path), f"{tmp_path}/*.png"):

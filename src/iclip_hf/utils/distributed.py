@@ -30,10 +30,3 @@ def broadcast_from_main(value: Value) -> Value:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
-
-
-def gathered_lists(values: list[Value]) -> list[Value]:
-    """Returns the joined lists of all processes on all processes. Every process must call this."""
-    from accelerate.utils import gather_object
-
-    return gather_object(values)

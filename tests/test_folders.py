@@ -2,26 +2,22 @@
 Model folders: joined from towers, exported with their code, described by a card, pushed to a stand-in of the Hub.
 """
 
-import base64
-import contextlib
 import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import QuietHandler, iclip, save, save_towers, served, tiny_model
+from conftest import iclip, save, save_towers, tiny_model
 from huggingface_hub import EvalResult, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from PIL import Image
 from training_runs import run, write_table
 from transformers import AutoModel, AutoProcessor, pipeline
@@ -31,14 +27,13 @@ from iclip_hf.backends.embedded import embedded_folder
 from iclip_hf.backends.identity import identity
 from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.cli.train.training import card_settings
-from iclip_hf.data.class_names import ADE20K, COCO_THINGS, VOC
+from iclip_hf.data.class_names import COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, join_towers
 from iclip_hf.hub.model_card import card_licence, describe_tower, write_model_card
 from iclip_hf.hub.record import read_record
 from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
-from iclip_hf.training.arguments import training_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +78,7 @@ def source(tmp_path_factory, tiny_processor) -> Path:
     model.config.text_config.name_or_path = "openai/clip-vit-base-patch16"
     save(folder / "model", model, tiny_processor)
     data = ["pixparse/cc3m-wds", "org/name.v2"]
-    # Files and folders that are named like known data, or like data of the Hub
+    # Files and folders that are named like known data, or like data of the Hub.
     data += ["/home/someone/photos.v2", "/mnt/Photos/Pairs.CSV", "/home/me/cc3m-wds.csv", "data/coco2014"]
     data += ["/home/someone/data/flickr8k/train-{00..05}.tar", "/home/someone/cats|dogs.csv"]
     training = {"data": data, "num_train_epochs": 7, "seed": 3, "weight_decay": 0, "lock_text": False}
@@ -122,8 +117,6 @@ class Without:
 
 sys.meta_path[:] = map(Without, sys.meta_path)
 import torch
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from PIL import Image
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
@@ -141,7 +134,6 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
     inputs = processor(images=Image.open(photograph), labels=["dog", "red ball"])
     outputs = model(**inputs, output_similarity_maps=True)
-classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
 explain = pipeline("image-text-similarity-map", model=folder, trust_remote_code=True)
 segment = pipeline("zero-shot-image-segmentation", model=folder, trust_remote_code=True)
 classifier = AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)
@@ -149,7 +141,6 @@ assert type(classifier).__name__ == "ICLIPModel"
 print(json.dumps({
     "logits": outputs.logits_per_image.tolist(),
     "maps": outputs.similarity_maps.tolist(),
-    "classes": classify(photograph, candidate_labels=["dog", "sky"]),
     "answers": [[a["label"], a["score"], a["presence"], a["map"].sum().item(), a["boxes"]]
                 for a in explain(photograph, candidate_labels=["dog", "sky"], min_presence=0)],
     "segments": [[a["label"], sum(a["mask"].getdata())]
@@ -158,24 +149,9 @@ print(json.dumps({
 """
 
 
-def beyond(*names: str) -> set[str]:
-    """The installed modules that an environment with these distributions alone does not have."""
-    needed, found = [Requirement(name) for name in names], set()
-    while needed:
-        name = canonicalize_name(needed.pop().name)
-        if name not in found:
-            with contextlib.suppress(metadata.PackageNotFoundError):  # of another platform
-                all_of = map(Requirement, metadata.requires(name) or [])
-                needed += [part for part in all_of if part.marker is None or part.marker.evaluate({"extra": ""})]
-                found.add(name)
-    modules = metadata.packages_distributions().items()
-    return {module for module, owners in modules if not found & {canonicalize_name(owner) for owner in owners}}
-
-
 def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, source, tmp_path):
     """With nothing installed but what a reader of the card has."""
-    absent = {"iclip_hf", *beyond("torch", "torchvision", "transformers", "pillow")}
-    assert {"accelerate", "datasets"} <= absent and not {"numpy", "PIL", "huggingface_hub"} & absent
+    absent = "iclip_hf accelerate datasets evaluate pycocotools scipy sklearn matplotlib timm torchmetrics".split()
     photograph = str(source / "photograph.png")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ""}
     command = [sys.executable, "-c", FRESH, str(exported), photograph, *absent]
@@ -189,9 +165,6 @@ def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, so
         outputs = model(**inputs, output_similarity_maps=True)
     assert np.allclose(found["logits"], outputs.logits_per_image, atol=1e-4)
     assert np.allclose(found["maps"], outputs.similarity_maps, atol=1e-5)
-    classify = pipeline("zero-shot-image-classification", model=str(source / "model"))
-    for one, other in zip(found["classes"], classify(photograph, candidate_labels=["dog", "sky"]), strict=True):
-        assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-4)
     explain = pipeline("image-text-similarity-map", model=str(source / "model"))
     answers = explain(photograph, candidate_labels=["dog", "sky"], min_presence=0)
     for (label, score, presence, total, boxes), other in zip(found["answers"], answers, strict=True):
@@ -220,8 +193,8 @@ def test_with_the_package_a_folders_code_is_not_run(exported, tmp_path):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
-def files_of(folder: Path) -> dict[str, Path]:
-    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+def files_of(folder: Path | str) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def test_an_exported_folder_holds_what_it_needs_and_nothing_of_this_machine(exported, source):
@@ -240,30 +213,17 @@ def test_an_exported_folder_holds_what_it_needs_and_nothing_of_this_machine(expo
 def test_what_is_saved_names_no_code_of_the_folder_that_was_loaded(source, tmp_path):
     """Who trusts the new folder, as its card says, does not trust the old one."""
     shutil.copytree(source / "model", tmp_path / "model")
-    code = {
-        "auto_map": {"AutoTokenizer": [None, "evil/repo--trap.T"]},
-        "custom_pipelines": {"trap": {"impl": "trap.P"}},
-    }
-    for name, parts in (
-        ("config", ("vision_config",)),
-        ("processor_config", ("image_processor",)),
-        ("tokenizer_config", ()),
-    ):
+    code = {"auto_map": {"AutoTokenizer": [None, "evil/repo--trap.T"]}, "custom_pipelines": {"x": {"impl": "trap.P"}}}
+    for name, part in (("config", "vision_config"), ("processor_config", "image_processor"), ("tokenizer_config", "")):
         file = tmp_path / "model" / f"{name}.json"
         content = json.loads(file.read_text())
-        file.write_text(json.dumps(content | code | {part: content[part] | code for part in parts}))
+        file.write_text(json.dumps(content | code | ({part: content[part] | code} if part else {})))
     assert iclip("export", tmp_path / "model", tmp_path / "exported") == 0
-    saved = "".join(path.read_text() for path in (tmp_path / "exported").glob("*.json"))
-    assert "evil/repo" not in saved and "trap" not in saved and "image-text-similarity-map" in saved
     command = ["train", write_table(tmp_path / "data", 8), "--model", tmp_path / "model"]
     assert iclip(*command, "--output_dir", tmp_path / "run", "--max_steps", 1, "--save_steps", 1) == 0
-    saved = "".join(path.read_text() for path in (tmp_path / "run" / "checkpoint-1").glob("*.json"))
-    assert "evil/repo" not in saved and "trap" not in saved
-
-
-def test_an_exported_folder_is_a_configuration(exported, towers, tmp_path):
-    init_model(exported, tmp_path / "new", *(str(towers / side) for side in ("vision", "text")))
-    assert ICLIPModel.from_pretrained(tmp_path / "new").config.pooling == tiny_model().config.pooling
+    for folder in (tmp_path / "exported", tmp_path / "run" / "checkpoint-1"):
+        saved = "".join(path.read_text() for path in folder.glob("*.json"))
+        assert saved and "evil/repo" not in saved and "trap" not in saved
 
 
 def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(tmp_path, tiny_processor, monkeypatch):
@@ -280,86 +240,34 @@ def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(tmp_path
 # --------------------------------------------------------------------------------------------------------------- push
 
 
-class HubStandIn(QuietHandler):
-    """As much of the Hub's interface as an upload of small files asks for."""
+def test_push_uploads_what_the_dry_run_lists(exported, source, monkeypatch, capsys):
+    api, uploaded = Mock(), {}
 
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append((self.path, self.headers["Authorization"], body))
-        url = f"http://127.0.0.1:{self.server.server_port}/org/tiny"
-        answer = {}
-        if self.path == "/api/repos/create":
-            answer = {"url": url}
-        elif self.path.endswith("/preupload/main"):
-            files = json.loads(body)["files"]
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-        elif self.path.endswith("/commit/main"):
-            answer = {"commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40}
-        self.reply(200, answer)
+    def upload_folder(repo_id, folder_path, **options):
+        uploaded.update({name: file.read_bytes() for name, file in files_of(folder_path).items()})
+        return SimpleNamespace(commit_url=f"{repo_id}/commit")
 
-    def do_GET(self):
-        names = ("README.md", "notes.md", ".eval_results/iclip.yaml")
-        entries = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
-        answers = {"/api/whoami-v2": {"name": "somebody"}}
-        answer = entries if "/tree/main" in self.path else answers.get(self.path)
-        self.reply(404 if answer is None else 200, answer)
-
-    def reply(self, status: int, answer):
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    with served(HubStandIn) as server:
-        server.requests = []
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setenv("HF_TOKEN", "hf_token")
-        yield server
-
-
-def committed(stand_in, kind: str) -> list[dict]:
-    (body,) = (body for path, _, body in stand_in.requests if path == "/api/models/org/tiny/commit/main")
-    lines = [json.loads(line) for line in body.splitlines()]
-    return [line["value"] for line in lines if line["key"] == kind]
-
-
-def test_push_uploads_what_the_dry_run_lists(exported, source, stand_in, capsys):
+    api.create_repo.return_value.repo_id = "org/tiny"
+    api.upload_folder = upload_folder
+    monkeypatch.setattr("iclip_hf.hub.folders.HfApi", lambda: api)
     assert iclip("push", source / "model", "org/tiny", "--dry-run", "--json") == 0
-    printed = capsys.readouterr()
-    listed = json.loads(printed.out)
-    assert str(source / "model") in printed.err  # what takes the time
-    assert set(listed) == {"repo_id", "files", "licence", "data_terms"} and not stand_in.requests
+    listed = json.loads(capsys.readouterr().out)
+    assert not api.mock_calls and listed["files"].keys() == files_of(exported).keys()
     assert listed["data_terms"]["pixparse/cc3m-wds"].startswith("Conceptual Captions")
     assert listed["licence"] == "unknown"  # of its towers
-    assert set(listed["files"]) == files_of(exported).keys()
     assert iclip("push", source / "model", "org/tiny", "--private", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["commit"].endswith(f"/org/tiny/commit/{'0' * 40}") and report["files"] == listed["files"]
-    assert {authorization for _, authorization, _ in stand_in.requests} == {"Bearer hf_token"}
-    created = json.loads(next(body for path, _, body in stand_in.requests if path == "/api/repos/create"))
-    assert (created["organization"], created["name"], created["visibility"]) == ("org", "tiny", "private")
-    files = {value["path"]: base64.b64decode(value["content"]) for value in committed(stand_in, "file")}
-    assert {name: len(content) for name, content in files.items()} == listed["files"]
-    assert files["modeling_iclip.py"] == (exported / "modeling_iclip.py").read_bytes()
-    assert b'model="org/tiny"' in files["README.md"] and committed(stand_in, "deletedFile") == []
+    assert report["commit"] == "org/tiny/commit" and report["files"] == listed["files"]
+    api.create_repo.assert_called_once_with("org/tiny", private=True, exist_ok=True)
+    assert {name: len(content) for name, content in uploaded.items()} == listed["files"]
+    assert b'model="org/tiny"' in uploaded["README.md"]
 
 
 def test_push_asks_for_the_token_before_its_work(source, monkeypatch, capsys):
-    def error_of_push(*_) -> str:
-        assert iclip("push", source / "model", "org/tiny") == 2
-        return capsys.readouterr().err
-
     monkeypatch.setattr("iclip_hf.cli.push.export", None)
     monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
-    assert "hf auth login" in error_of_push()
-    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: "hf_token")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9" in error_of_push()
+    assert iclip("push", source / "model", "org/tiny") == 2
+    assert "hf auth login" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------------- init
@@ -390,11 +298,8 @@ def init(towers: Path, output: Path, **options) -> int:
     return iclip("init", *arguments, "--output", output)
 
 
-def test_init_joins_towers_as_the_configuration_says(towers, tmp_path, capsys):
+def test_init_joins_towers_as_the_configuration_says(towers, tmp_path):
     assert init(towers, tmp_path / "new") == 0
-    # The command to train a new model has none of the defaults for a trained one.
-    printed = set(capsys.readouterr().out.split())
-    assert {"--learning_rate", "--keep_presence"} <= printed and "--nouns" not in printed
     model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
     expected = tiny_model().state_dict()
     kept = [name for name in expected if name.startswith(("vision_model", "text_model"))]
@@ -404,8 +309,6 @@ def test_init_joins_towers_as_the_configuration_says(towers, tmp_path, capsys):
     assert fresh.std().item() == pytest.approx(32**-0.5, rel=0.2)
     assert model.config.vision_config.layer_norm_eps == 1e-6 and model.config.pooling == "max"
     assert (processor.templates, processor.patch_size, processor.image_processor.size["height"]) == (["{}"], 8, 32)
-    with torch.no_grad():
-        assert model(**processor(images=Image.new("RGB", (9, 7)), text=["dog"])).logits_per_image.shape == (1, 1)
     card = ModelCard.load(tmp_path / "new" / "README.md")
     assert "It was not trained: train it before use" in card.text and "Not measured" in card.text
 
@@ -424,17 +327,12 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, c
     assert processor.image_processor.size["height"] == 64
     for content, named in (
         (f"{given}model_options: pooling_x=1\n", "'pooling_x'"),
-        (f"{given}model_options: [{{max_over: similarity}}]\n", "model_options"),
         (f"{given}model_options: max_over=banana\n", "'max_over'"),
         ("- vision\n", "train.yaml"),
-        ("", "train.yaml"),
     ):
         file.write_text(content)
         assert iclip("init", "--config", tmp_path / "own", "--output", tmp_path / "other") == 2
         assert named in capsys.readouterr().err and not (tmp_path / "other").exists()
-    file.write_text(f'{given}image_size: "64"\n')
-    assert iclip("init", "--config", tmp_path / "own", "--output", tmp_path / "other") == 0
-    assert ICLIPProcessor.from_pretrained(tmp_path / "other").image_processor.size["height"] == 64
 
 
 def test_a_configuration_needs_no_more_than_the_names_of_the_towers(towers, tmp_path, tiny_processor):
@@ -461,20 +359,14 @@ def test_a_tower_by_a_relative_path_is_no_hub_id_elsewhere(towers, tmp_path, mon
 
 def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert init(towers, tmp_path / "new", config="iclip-vit-s16") == 2
-    assert f"{towers / 'vision'}: the tower cannot be loaded: its weights have other shapes" in capsys.readouterr().err
+    assert str(towers / "vision") in capsys.readouterr().err
     assert iclip("init", "--config", towers / "config", "--output", tmp_path / "new") == 2
     assert "give vision and text" in capsys.readouterr().err
-    for side in ("vision", "text"):
-        assert init(towers, tmp_path / "new", **{side: towers / "config"}) == 2
-        error = capsys.readouterr().err
-        assert f"{towers / 'config'}: this is an ICLIP model" in error and "iclip train --model" in error
+    assert init(towers, tmp_path / "new", text=towers / "config") == 2
+    assert f"{towers / 'config'}: this is an ICLIP model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("side", ["config", "vision", "text"])
-def test_init_writes_into_no_folder_that_it_reads(towers, capsys, side):
-    assert init(towers, towers / side / "new") == 2
-    assert str(towers / side / "new") in capsys.readouterr().err and not (towers / side / "new").exists()
+    assert init(towers, towers / "vision" / "new") == 2  # a folder that it reads
+    assert str(towers / "vision" / "new") in capsys.readouterr().err and not (towers / "vision" / "new").exists()
 
 
 @pytest.mark.slow
@@ -555,10 +447,8 @@ def test_the_card_of_a_model_that_was_trained_further(source, tmp_path, tiny_pro
         ("coco2017", "val2017", (1449, 1449), COCO_THINGS, "COCO 2017 val2017, 1449 of 5000 images"),
         # More images than the data set has are another data set in its form.
         ("coco2017", "val2017", (5000, 5001), COCO_THINGS, "with custom classes or images, 5000 of 5001 images"),
-        ("voc21", "val", (77, 1449), VOC, "val, 77 of 1449 images"),
         ("voc2012", "mine", (1449, 1449), VOC, "PASCAL VOC 2012 mine, with custom classes or images"),
         ("ade20k", "validation", (2000, 2000), ["screw", "nut"], "validation, with custom classes or images"),
-        ("ade20k", "validation", (2000, 2000), ADE20K, "ADE20K validation"),
     ],
 )
 def test_a_card_shows_figures_of_other_data_as_such(tmp_path, tiny_processor, name, split, images, names, shown):
@@ -573,19 +463,10 @@ def test_a_card_shows_figures_of_other_data_as_such(tmp_path, tiny_processor, na
         assert (card.data.eval_results is None) == ("images" in shown)
 
 
-def test_arguments_of_a_training_that_are_numbers_of_numpy_are_recorded(tmp_path, tiny_processor):
-    arguments = ICLIPTrainingArguments(str(tmp_path), learning_rate=np.float32(0.5), max_steps=np.int64(3))
-    card = card_of(tmp_path, tiny_processor, training=training_recipe(arguments, processes=1))
-    assert "| `learning_rate` | 0.5 |" in card.text and "| `max_steps` | 3 |" in card.text
-    training = read_record(tmp_path)["training"]
-    assert (training["learning_rate"], training["max_steps"]) == (0.5, 3)
-
-
 def test_the_card_leaves_out_arguments_without_effect():
     cached, plain = shown_of(cache_features="/home/someone/cache"), shown_of(auto_augment="")
     assert cached["cache_features"] is True and not {"crop_scale", "auto_augment"} & cached.keys()
-    assert (plain["crop_scale"], plain["auto_augment"]) == (0.08, "none") and "lock_text" not in plain
-    assert "max_steps" not in plain and shown_of(max_steps=7)["max_steps"] == 7
+    assert plain["crop_scale"] == 0.08 and "lock_text" not in plain and "max_steps" not in plain
 
 
 def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, exported, tmp_path, tiny_processor):
@@ -620,9 +501,9 @@ def test_results_of_another_model_or_task_are_refused(exported, tmp_path, capsys
     results, command = tmp_path / "results.json", ["export", exported, tmp_path / "a", "--results"]
     segmentation = {"results": {"itsm": {"segmentation": {"miou": 40.0}}}}
     for protocol, figures, said in (
-        (identity(tiny_model(seed=1), other_mean), {}, "got scores of a model with other processor, weights;"),
-        ({}, {}, "got scores of a model with other configuration, processor, weights;"),
-        (identity(tiny_model(), tiny_processor), segmentation, "Expected results of mAP, mMIoU"),
+        (identity(tiny_model(seed=1), other_mean), {}, "other processor, weights;"),
+        ({}, {}, "other configuration, processor, weights;"),
+        (identity(tiny_model(), tiny_processor), segmentation, "mMIoU"),
     ):
         results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}, **figures}))
         assert iclip(*command, results) == 2
@@ -635,9 +516,6 @@ def test_a_training_keeps_no_results_of_the_model_before(tmp_path, tiny_processo
     for card in ({"metrics": METRICS}, {}):
         ICLIPTrainer(tiny_model(), args, processing_class=tiny_processor, card=card).save_model()
         assert bool(ModelCard.load(folder / "README.md").data.eval_results) == bool(card)
-    # safetensors makes files that only their owner can read.
-    (tmp_path / "usual").touch()
-    assert {file.stat().st_mode for file in files_of(folder).values()} == {(tmp_path / "usual").stat().st_mode}
 
 
 RESTRICTED, FREE = {"terms": "CC BY-NC 4.0", "restricted": True}, {"terms": "CC BY; thanks to a research institute"}
@@ -669,26 +547,6 @@ def test_the_licence_is_that_of_the_towers_and_of_the_data(tmp_path, tiny_proces
         assert ("| training data more | not known here |" in card.text) == (training is not None)
 
 
-def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = tiny_model().config.vision_config
-    unknown = {"name": "vit tower", "id": None, "licence": None}
-    for name in ("facebook/dinov2-small", "dinov2-small", str(tmp_path / "dinov2-small")):
-        Path(name).mkdir(parents=True, exist_ok=True)
-        config.name_or_path = name
-        assert describe_tower(config) == unknown
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"name": "a model of another program"}'], ids=range(3))
-def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, caplog, content):
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "model_card.json").write_text(content)
-    card = card_of(tmp_path / "new", tiny_processor, source=tmp_path / "source")
-    assert card.data.eval_results is None
-    assert "The training of these weights is not recorded" in card.text
-    assert "source: its model_card.json is unreadable or not of iclip, so nothing is taken over." in caplog.text
-
-
 # ------------------------------------------------------------------------------------------------------------- record
 
 
@@ -708,20 +566,14 @@ def test_the_record_has_the_last_run_and_all_data(hub, tmp_path, capsys):
     rates = [f"--{name}learning_rate={rate}" for name, rate in (("", 1e-30), ("warmup_", 0), ("min_", 0))]
     run(hub, tmp_path / "kept", *more, *rates, "--validation_data", hub / "held_out.tar")
     assert iclip("export", tmp_path / "second", tmp_path / "exported") == 0
-    told = capsys.readouterr().out
+    assert "own.tar: not known here" in capsys.readouterr().out
     first, of_first = recorded(tmp_path / "first")
     second, of_second = recorded(tmp_path / "second")
     assert of_first == first["data"] == ["own.tar"] and "model" not in first
     assert second["data"] == ["pairs.tar"] and of_second == ["own.tar", "pairs.tar"] and second["model"] == "first"
     assert recorded(tmp_path / "kept") == (first, of_first) and recorded(tmp_path / "exported") == (second, of_second)
-    assert "Licence on the model card: unknown." in told
-    assert "own.tar: not known here" in told and "pairs.tar: not known here" in told
-    assert iclip("push", tmp_path / "exported", "org/tiny", "--dry-run") == 0
-    said = capsys.readouterr().out
-    assert "Licence on the model card: unknown." in said and "own.tar: not known here" in said
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "| training data own.tar |" in card and "from the model in the row `model`" in card
-    assert str(tmp_path) not in card
+    assert "| training data own.tar |" in card and str(tmp_path) not in card
 
 
 def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_processor):
@@ -729,7 +581,6 @@ def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_
     before = read_record("embedded")["identity"]
     card = card_of(tmp_path, tiny_processor, training=training, source="embedded", source_identity=before)
     assert "| training data imagenet1k_sample | ImageNet: non-commercial research" in card.text
-    assert "| training data broad | 23 public repositories" in card.text
     assert "| training data pairs.csv | not known here |" in card.text and "Not measured" in card.text
     assert "not recorded" not in card.text and "| `model` | embedded |" in card.text
     assert read_record(embedded_folder()) == read_record("embedded")
@@ -741,15 +592,6 @@ def test_all_data_of_the_embedded_model_have_terms():
     trained_on = {name.split("/")[1] for name in yaml.safe_load((folder / "train.yaml").read_text())["data"]}
     stuff = {"cityscapes", "nyu", "facades", "landscapes", "msrc"}
     assert trained_on == sources.keys() - stuff | {"stuff"}
-
-
-def test_a_model_of_the_hub_without_a_record(monkeypatch, caplog):
-    def download(hub_id, file, revision):
-        raise EntryNotFoundError(file)
-
-    monkeypatch.setattr("iclip_hf.hub.record.resolve_revision", lambda hub_id: "0" * 40)
-    monkeypatch.setattr("iclip_hf.hub.record.hf_hub_download", download)
-    assert read_record("org/old")["training"] is None and not caplog.records
 
 
 def test_what_is_not_recorded_is_said(tmp_path, tiny_processor, monkeypatch):
@@ -775,18 +617,3 @@ def test_what_is_not_recorded_is_said(tmp_path, tiny_processor, monkeypatch):
     said = "The training of these weights is not recorded."
     assert [said in card for card in cards.values()] == [True, False, True]
     assert not any("random" in card.partition("## Evaluation")[0] for card in cards.values())
-
-
-def test_a_run_that_starts_from_changed_weights_says_so(tmp_path, tiny_processor):
-    model, source = tiny_model(), tmp_path / "model"
-    model.save_pretrained(source)
-    trained = ICLIPModel.from_pretrained(source)
-    write_model_card(trained, tiny_processor, source, training={"data": ["pairs.csv"]})
-    again, data = {"model": "model", "data": ["more.csv"]}, []
-    for change in (0.0, 1.0):  # by another program
-        with torch.no_grad():
-            trained.recognition.visual_projection.weight.add_(change)
-        folder, began = tmp_path / f"run {change}", identity(trained, tiny_processor)
-        write_model_card(trained, tiny_processor, folder, training=again, source=source, source_identity=began)
-        data.append(recorded(folder)[1])
-    assert data == [["pairs.csv", "more.csv"], ["pairs.csv", "(not recorded)", "more.csv"]]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import explain, noise, tiny_model
-from families import LABELS, pixels, raw_maps
+from families import raw_maps
 from PIL import Image
 from transformers import CLIPImageProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
@@ -28,12 +28,12 @@ from iclip_hf import (
 )
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
-from iclip_hf.explainers import METHODS, Explainer, explainer_class, make_explainer, register_explainer
+from iclip_hf.explainers import METHODS, Explainer, make_explainer, register_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import at_prior, presence_text
 from iclip_hf.model.prompts import split_texts
 from iclip_hf.model.regions import find_regions, run_lengths
-from iclip_hf.model.similarity import _bicubic_weights, resize_and_normalize
+from iclip_hf.model.similarity import resize_and_normalize
 from iclip_hf.utils.prefetch import prefetch_map
 
 
@@ -128,18 +128,8 @@ def test_images_of_a_shape_with_equally_many_texts_share_a_forward(tiny_processo
     processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
     engine = engine_of(sigmoid_model(), processor)
     forwards = recorded(engine.model, "get_image_features", lambda pixels: len(pixels))
-    images, texts = zip(
-        *[
-            (IMAGES[0], TEXTS),
-            (IMAGES[1], TEXTS),
-            (IMAGES[0], ["car"]),
-            (IMAGES[1], TEXTS),
-            (IMAGES[0], TEXTS),
-            (IMAGES[0], ["dog"]),
-            (IMAGES[0], ["car", "dog"]),
-            (IMAGES[1], TEXTS),
-        ]
-    )
+    images = [IMAGES[index] for index in (0, 1, 0, 1, 0, 0, 0, 1)]
+    texts = [TEXTS, TEXTS, ["car"], TEXTS, TEXTS, ["dog"], ["car", "dog"], TEXTS]
     found = list(engine.run(images, texts, batch_size=7))
     assert forwards == [2, 2, 2, 1, 1]  # the last image comes in the next batch
     for one, image, of_image in zip(found, images, texts):
@@ -149,32 +139,14 @@ def test_images_of_a_shape_with_equally_many_texts_share_a_forward(tiny_processo
     torch.testing.assert_close(found[6].raw_maps, found[0].raw_maps[[2, 0]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["itsm", "competing_itsm", "random"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_explanations_do_not_depend_on_the_default_dtype(tiny_processor, dtype, method):
-    """A program may set another one for a language model."""
-    model, found = load((tiny_model(logit_bias_init_value=0.0), tiny_processor)), []
-    for default in (torch.float32, dtype):
-        _bicubic_weights.cache_clear()
-        torch.set_default_dtype(default)
-        try:
-            one = explain(model, IMAGES[0], {"dog": 0.1, "red ball": 0.7}, method)
-            found.append((one.presence, one.maps, one.label_map()))
-        finally:
-            torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        *((texts, {}, "There is no text") for texts in ([], "", [["dog"], []], [[], []])),
-        *((texts, {}, "A text is a string") for texts in ([1], ["dog", None], [["dog"], [2.0]])),
+        *((texts, {}, "There is no text") for texts in ([], "", [["dog"], []])),
         # The letters of a string would be the texts of its image.
         *((texts, {}, "for all images, or a list of strings") for texts in ([["dog"], "cat"], ["dog", ["cat"]])),
-        *(({"sky": 0.5, "dog": prior}, {}, "prior of 'dog'") for prior in (0, 1, -0.5, math.nan, None, "0.5")),
-        *((TEXTS, {"batch_size": size}, f"batch_size is at least 1, not {size}") for size in (0, -1)),
-        *((TEXTS, {name: value}, name) for name in ("refine", "multi_scale") for value in (3, "no", None)),
+        *(({"sky": 0.5, "dog": prior}, {}, "prior of 'dog'") for prior in (0, 1, math.nan)),
+        (TEXTS, {"batch_size": 0}, "batch_size"),
         *((TEXTS, {"threshold": value}, r"\[0, 1\]") for value in (1.5, [0.2, 0.3])),
         (TEXTS, {"min_presence": -0.1}, r"\[0, 1\]"),
     ],
@@ -182,12 +154,6 @@ def test_explanations_do_not_depend_on_the_default_dtype(tiny_processor, dtype, 
 def test_what_cannot_be_asked_is_named(tiny_processor, texts, options, message):
     with pytest.raises(ValueError, match=message):
         explain((tiny_model(), tiny_processor), IMAGES, texts, **options)
-
-
-@pytest.mark.parametrize("best", [0, -1])
-def test_no_best_text_is_refused(tiny_processor, best):
-    with pytest.raises(ValueError, match=f"best is at least 1, not {best}"):
-        Engine(tiny_model(), tiny_processor).run(IMAGES, TEXTS, best=best)
 
 
 @pytest.mark.parametrize("method", ["itsm", "grad_cam", "clip_surgery"])
@@ -232,10 +198,8 @@ def test_scores_alone_need_no_map(tiny_processor, recorded):
     ("size", "multi_scale", "expected"),
     [
         (None, False, [None]),
-        (32, False, [None]),
         (48, False, [48, None]),
         (None, True, [64]),
-        (32, True, [64, None]),
         (16, True, [None]),  # the larger image has the processor's size
         (48, True, [96, None]),
     ],
@@ -245,10 +209,7 @@ def test_an_image_is_prepared_once_at_each_size_that_is_seen(tiny_processor, rec
     sizes = recorded(ICLIPProcessor, "__call__", lambda self, **given: given["size"] and given["size"]["height"])
     image = Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=multi_scale).prepare(IMAGES[0])
     assert sizes == expected and image.pixel_values.shape[-1] == (expected[0] or 32)
-    if size is None or (size == 32 and not multi_scale):
-        assert image.score_pixel_values is None
-    else:
-        assert image.score_pixel_values.shape == (1, 3, 32, 32)
+    assert (image.score_pixel_values is None) == (size is None)
 
 
 @pytest.mark.parametrize("size", [None, 48])
@@ -299,30 +260,18 @@ def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method
         torch.testing.assert_close(one.raw_maps, whole.raw_maps[best], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["itsm", "gem"])
-def test_the_best_texts_are_among_those_that_are_wanted(tiny_processor, method, monkeypatch):
-    every_text_is_another_thing(monkeypatch)
-    engine, texts = engine_of(sigmoid_model(), tiny_processor, method), ["grass", "car", "dog", "sky"]
-    asked = [[3, 0, 1], [2], []]
-    images = [IMAGES[0]] * 3
-    prepared = [engine.prepare(image, text_indices=indices) for image, indices in zip(images, asked)]
-    for one, whole, indices in zip(engine.run(prepared, texts, best=2), engine.run(images, texts), asked):
-        best = sorted(indices, key=lambda text: -whole.scores[text])[:2]
-        assert one.labels == [texts[text] for text in best] and len(one.raw_maps) == len(best)
-        torch.testing.assert_close(one.all_scores, whole.all_scores, atol=1e-5, rtol=0)
-        if best:
-            torch.testing.assert_close(one.raw_maps, whole.raw_maps[best], atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_maps_of_the_best_texts_do_not_depend_on_the_batch(tiny_processor, method, monkeypatch):
     """Some methods compare the texts of an image, of which another image may have more."""
     every_text_is_another_thing(monkeypatch)
     engine, texts = engine_of(sigmoid_model(), tiny_processor, method), ["grass", "car", "dog", "sky"]
-    images = [engine.prepare(IMAGES[0], text_indices=indices) for indices in ([3, 0, 1], [2], [1, 2])]
-    for image, together in zip(images, engine.run(images, texts, best=3)):
-        (alone,) = engine.run([image], texts, best=3)
-        assert alone.labels == together.labels
+    (whole,) = engine.run(IMAGES[:1], texts)
+    asked = [[3, 0, 1], [2], [1, 2], []]
+    images = [engine.prepare(IMAGES[0], text_indices=indices) for indices in asked]
+    for image, indices, together in zip(images, asked, engine.run(images, texts, best=2)):
+        (alone,) = engine.run([image], texts, best=2)
+        best = sorted(indices, key=lambda text: -whole.scores[text])[:2]
+        assert alone.labels == together.labels == [texts[text] for text in best]
         torch.testing.assert_close(together.maps, alone.maps, atol=1e-3, rtol=0)
 
 
@@ -344,31 +293,20 @@ def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny
         assert {entry["prior"] for entry in even.to_dict()["texts"]} == {0.5}
         # The explanation of one text alone has the prior of this text.
         assert [one[index].to_dict()["texts"][0] for index in range(3)] == entries
-        assert [one[text].arrays()["prior"].item() for text in one.labels] == one.arrays()["prior"].tolist()
-    alone = explain((sigmoid_model(), tiny_processor), IMAGES[0], {"dog": 0.9, "car": 2e-6})["car"]
-    assert alone.to_dict()["texts"][0]["prior"] == 2e-6
 
 
-def test_nouns_that_do_not_count_as_present_are_left_out(tiny_processor, monkeypatch):
+def test_without_texts_the_nouns_that_count_as_present_answer(tiny_processor, monkeypatch):
     every_text_is_another_thing(monkeypatch)
     nouns, model = dict.fromkeys(["dog", "ball", "car", "sky"], 0.5), (sigmoid_model(), tiny_processor)
     for module in ("backends.embedded", "explainers.explain"):
         monkeypatch.setattr(f"iclip_hf.{module}.vocabulary", lambda: nouns)
-    presences = explain(model, IMAGES[0], min_presence=0.0).presences
-    assert len(presences) == 4 and presences == sorted(presences, reverse=True)
-    between = (presences[1] + presences[2]) / 2
-    assert explain(model, IMAGES[0], min_presence=between).presences == pytest.approx(presences[:2], abs=1e-6)
+    found = explain(model, IMAGES[0], min_presence=0.0)
+    assert sorted(found.labels) == sorted(nouns) and found.maps.shape == (4, 40, 60)
+    assert found.presences == sorted(found.presences, reverse=True)
+    between = (found.presences[1] + found.presences[2]) / 2
+    assert explain(model, IMAGES[0], min_presence=between).presences == pytest.approx(found.presences[:2], abs=1e-6)
     assert len(explain(model, IMAGES, min_presence=1.0)[1]) == 1
-
-
-def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):
-    every_text_is_another_thing(monkeypatch)
-    nouns = dict.fromkeys(["dog", "ball", "car", "sky"], 0.1)
-    for module in ("backends.embedded", "explainers.explain"):
-        monkeypatch.setattr(f"iclip_hf.{module}.vocabulary", lambda: nouns)
-    found = explain((tiny_model(), tiny_processor), IMAGES)
-    assert [sorted(one.labels) for one in found] == [["ball", "car", "dog", "sky"]] * 2
-    assert all(one.scores.diff().max() <= 1 for one in found) and found[0].maps.shape == (4, 40, 60)
+    assert len(explain((tiny_model(), tiny_processor), IMAGES[0])) == 4  # without a presence
 
 
 def test_the_vocabulary_has_plain_nouns():
@@ -376,8 +314,7 @@ def test_the_vocabulary_has_plain_nouns():
     assert len(nouns) > 500 and {"dog", "sky", "water"} <= nouns.keys()
     # Few photographs show them. The first is a class of ImageNet.
     assert "abaya" in nouns and "abbott's booby bird" not in nouns
-    assert not [noun for noun in nouns if "(" in noun or noun != noun.strip()]
-    assert nouns["dog"] == 0.07 and nouns["abaya"] == 0.02 and {*nouns.values()} == {0.07, 0.02}
+    assert nouns["dog"] == 0.07 and nouns["abaya"] == 0.02
 
 
 @pytest.mark.parametrize(("image", "multi_scale"), [*zip(IMAGES, (False, True))])
@@ -460,8 +397,6 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
     assert record[2]["regions"] == []
     for index, one in enumerate(record):
         assert one["mask"] == run_lengths(explanation.mask(index).numpy())
-    score = explanation.scores[0].item()
-    assert repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ")
 
 
 @pytest.mark.parametrize("method", ["itsm", "grad_cam"])
@@ -527,13 +462,8 @@ def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
     assert "car" in found and "horse" not in found
     with pytest.raises(KeyError, match="horse"):
         found["horse"]
-    for ask, index in itertools.product((found.__getitem__, found.map, found.regions), (3, -4)):
-        with pytest.raises(IndexError, match=f"no text {index}: the 3 texts are .*'red ball'"):
-            ask(index)
-    with pytest.raises(TypeError):
-        found[0:2]
-    with pytest.raises(ValueError, match="threshold"):
-        found.mask("dog", float("nan"))
+    with pytest.raises(IndexError, match="'red ball'"):
+        found[3]
 
 
 def test_a_notebook_shows_the_picture(tiny_processor):
@@ -562,17 +492,6 @@ def test_explain_takes_the_limits_of_masks(tiny_processor):
     least = max(usual.presences) + 1e-3
     assert explain(given, IMAGES[0], TEXTS, threshold=0.2, min_presence=0).mask(0).equal(usual.map(0) > 0.2)
     assert not explain(given, IMAGES[0], TEXTS, min_presence=least).mask(0).any()
-
-
-def test_thresholds_and_priors_may_be_arrays_and_numbers_of_numpy(tiny_processor):
-    (found,) = explain((tiny_model(), tiny_processor), IMAGES[:1], TEXTS)
-    thresholds = [0.2, 0.9, 0.6][: len(found)]
-    given = [thresholds, np.float32(thresholds), torch.tensor(thresholds)]
-    first, *others = (replace(found, threshold=threshold) for threshold in given)
-    for other in others:
-        assert other.label_map().equal(first.label_map()) and other[1].mask().equal(first.mask(1))
-    assert replace(found, threshold=np.float32(0.9)).mask(1).equal(first.mask(1))
-    assert explain((sigmoid_model(), tiny_processor), IMAGES[0], {"dog": np.float32(0.25)}).priors == [0.25]
 
 
 def test_one_string_is_several_texts_and_a_list_is_taken_as_it_is(tiny_processor):
@@ -630,51 +549,18 @@ def test_a_subclass_of_a_method_is_called(tiny_processor, registry):
 def test_a_method_with_another_number_of_maps_is_named_with_both_shapes(tiny_processor, registry):
     register_explainer("one_map")(OneMap)
     model = load((tiny_model(), tiny_processor))
-    explainer = make_explainer(model, "one_map")
-    for ask in (
-        lambda: explain(model, noise((30, 20)), TEXTS, "one_map"),
-        lambda: raw_maps(explainer, pixels(), model.encode_texts(TEXTS)),
-    ):
-        with pytest.raises(ValueError, match=r"OneMap .*\(\d, 1, \d, \d\).*3 texts"):
-            ask()
+    with pytest.raises(ValueError, match=r"OneMap .*\(\d, 1, \d, \d\).*3 texts"):
+        explain(model, noise((30, 20)), TEXTS, "one_map")
     assert explain(model, noise((30, 20)), ["dog"], "one_map").raw_maps.shape == (1, 4, 4)
 
 
 def test_the_examples_of_registered_methods_give_a_map_for_each_text(tiny_processor, registry):
     code = "".join(re.findall(r"```python\n(.*?)```", register_explainer.__doc__, re.DOTALL))
     exec(re.sub(r"^ *(>>>|\.\.\.) ?", "", code, flags=re.MULTILINE), {})
-    for name in ("sharp", "norm"):
-        for texts in (["dog"], TEXTS, [*TEXTS, "car"]):
-            found = explain((tiny_model(), tiny_processor), [noise((30, 20))] * 2, texts, name)
-            assert [len(one.maps) for one in found] == [len(texts)] * 2
     model = tiny_model(map_attention="none"), tiny_processor
-    itsm, sharp = (explain(model, noise((30, 20)), TEXTS, name) for name in ("itsm", "sharp"))
+    itsm, sharp, norm = (explain(model, noise((30, 20)), TEXTS, name) for name in ("itsm", "sharp", "norm"))
     torch.testing.assert_close(sharp.raw_maps, (10 * itsm.raw_maps).exp())
-    assert [explainer_class(name).__name__ for name in ("sharp", "norm")] == ["SharpSimilarity", "TokenNorm"]
-
-
-@pytest.mark.parametrize("family", ["iclip", "clip", "open_clip"])
-def test_a_deep_copy_of_a_loaded_model_is_independent(made, family):
-    """Its methods read its own layers, and the original stays as it is."""
-    model, processor, size = made(family)
-    methods, other = ("gem", "sclip", "clip_surgery", "legrad", "grad_cam", "itsm"), copy.deepcopy(model)
-    original = load((model, processor))
-    changed = copy.deepcopy(original)
-
-    def maps(loaded):
-        texts = loaded.encode_texts(LABELS)
-        return {method: raw_maps(make_explainer(loaded, method), pixels(size), texts)[0] for method in methods}
-
-    before = maps(original)
-    with torch.no_grad():
-        for weight in (*changed.network.parameters(), *other.parameters()):
-            if weight.ndim >= 2:
-                weight.mul_(-1.1)
-    after, expected, untouched = maps(changed), maps(load((other, processor))), maps(original)
-    for method in methods:
-        torch.testing.assert_close(after[method], expected[method], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(untouched[method], before[method], atol=1e-6, rtol=1e-5)
-        assert not torch.allclose(after[method], before[method], atol=1e-3), method
+    assert len(norm.maps) == 3
 
 
 def test_the_example_with_sam_runs_as_the_guide_shows_it(tiny_processor, tmp_path, monkeypatch):
@@ -691,9 +577,8 @@ def test_the_example_with_sam_runs_as_the_guide_shows_it(tiny_processor, tmp_pat
     exec(code.replace("dog.jpg", "dog.png").replace('"embedded"', "model"), names)
     regions = names["regions"]
     assert regions and names["best"].shape == (len(regions), 60, 90) and names["best"].dtype == torch.bool
-    boxes = (
-        names["inputs"]["input_boxes"][0] * 90 / 64
-    )  # the longest edge has 64 pixels for SAM, the other a rounded number
+    # The longest edge has 64 pixels for SAM, the other a rounded number.
+    boxes = names["inputs"]["input_boxes"][0] * 90 / 64
     assert torch.allclose(boxes, torch.tensor([region["box"] for region in regions]).to(boxes), atol=1)
     points = names["inputs"]["input_points"][0] * 90 / 64
     peaks = torch.tensor([region["positive_points"][0] for region in regions]).to(points)
@@ -723,7 +608,6 @@ def test_the_guide_writes_annotations_that_pycocotools_reads(tiny_processor, tmp
                 mask[y0:y1, x0:x1] = region.inside
                 assert np.array_equal(read.annToMask(annotation), mask) and annotation["area"] == mask.sum()
                 assert annotation["bbox"] == coco.maskUtils.toBbox(read.annToRLE(annotation)).tolist()
-                assert annotation["score"] == pytest.approx(region.mean, abs=1e-4) and not annotation["iscrowd"]
 
 
 def test_a_text_that_is_cut_is_told(tiny_processor, caplog):
@@ -752,5 +636,3 @@ def test_a_stream_of_images_is_explained_as_it_comes(tiny_processor, tmp_path, c
     for images in (str(tmp_path), f"{tmp_path}/*.png"):
         for one, other in zip(explain(model, images, ["dog"]), found, strict=True):
             torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-4, rtol=0)
-    with pytest.raises(TypeError, match="labels: what to look for is given as `texts`"):
-        explain(model, IMAGES[0], labels=["dog"])

@@ -331,7 +331,6 @@ def test_without_a_name_the_method_is_that_of_the_model(dataset, made):
     [
         ({"metrics": []}, "There is no metric"),
         ({"limit": -1}, "limit is at least 1, not -1"),
-        ({"dataset": "voc2012"}, "dataset is what load_segmentation returns, not 'voc2012'"),
     ],
 )
 def test_an_evaluation_of_nothing_is_refused(dataset, tiny_processor, options, message):

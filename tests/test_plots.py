@@ -113,9 +113,7 @@ def test_many_texts_are_cut_and_absent_ones_are_last(written):
     assert sheet.height < 6 * 336
 
 
-def test_an_unknown_colour_map_or_a_list_is_refused():
-    with pytest.raises(ValueError, match="draw takes one explanation: draw each of the list"):
-        draw([explained([0.9])], Image.new("RGB", (60, 40)))
+def test_an_unknown_colour_map_is_refused():
     with pytest.raises(ValueError, match="no colour map 'viridis'.*heat, cividis, jet"):
         draw(explained([0.9]), Image.new("RGB", (60, 40)), colormap="viridis")
 

@@ -170,12 +170,12 @@ def test_bad_steps_are_skipped_and_stop_the_run(hub, tmp_path, monkeypatch):
         patch.setattr(module, "MAX_BAD_STEPS", 2)
         run(hub, tmp_path / "skips", "--max_grad_norm", 0)  # not clipped
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "skips").values())
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="finite in the last 3 steps"):
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="finite in the last 3 steps"):
         broken(patch, range(1, 20))
         run(hub, tmp_path / "short", "--max_steps", 3)  # which is fewer than make a run stop
     broken(monkeypatch, range(2, 20))
     monkeypatch.setattr(module, "MAX_BAD_STEPS", 4)
-    with pytest.raises(ValueError, match="finite in the last 4 steps: lower learning_rate"):
+    with pytest.raises(FloatingPointError, match="finite in the last 4 steps: lower learning_rate"):
         run(hub, tmp_path / "stops")
     assert not list((tmp_path / "stops").glob("*.safetensors"))
 
@@ -183,7 +183,7 @@ def test_bad_steps_are_skipped_and_stop_the_run(hub, tmp_path, monkeypatch):
 def test_an_evaluation_without_a_finite_loss_ends_the_run(hub, tmp_path):
     """Otherwise it would stay the best one."""
     options = ["--max_steps", 4, "--eval_steps", 1, "--learning_rate", 1e30, "--warmup_steps", 0]
-    with pytest.raises(ValueError, match="held-out pairs is not finite: lower learning_rate"):
+    with pytest.raises(FloatingPointError, match="held-out pairs is not finite: lower learning_rate"):
         run(hub, tmp_path, *options, "--validation_data", hub / "held_out.tar", "--pictures", 0)
     assert not list(tmp_path.glob("*.safetensors"))
 

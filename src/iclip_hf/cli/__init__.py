@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code
     try:
         return args.run(args) or 0
-    except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:
+    except _user_errors() as error:
         report_error(command, error)
         return 2
     except RuntimeError as error:
@@ -68,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:  # an interrupted training has a message
         report_error(command, KeyboardInterrupt(str(error) or "interrupted"))
         return 130
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import StrictDataclassError  # of a wrong model option
+
+    return OSError, ValueError, TypeError, ImportError, ArithmeticError, StrictDataclassError
 
 
 def parser(command: str | None) -> argparse.ArgumentParser:

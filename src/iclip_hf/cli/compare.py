@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..model.presence import presence_text
 from ..utils.files import free_name
@@ -50,14 +51,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="picture to write (default: photo-comparison.png for photo.jpg, with a number if it exists)",
     )
     add_shared(parser, "--colormap", "--json")
-
-
-class _Opened(NamedTuple):
-    """The image of the command, with masks and templates of the data set that contains it."""
-
-    image: Image.Image
-    true_masks: dict[str, np.ndarray]  # masks of the texts that are classes of the data set
-    templates: list[str] | None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -139,8 +132,13 @@ def _model_titles(models: list[str]) -> dict[str, str]:
     return titles if are_distinct else {name: f"{title} ({i})" for i, (name, title) in enumerate(titles.items(), 1)}
 
 
-def _open(args: argparse.Namespace, output: Path, models: list[str]) -> _Opened:
-    """Opens the image, and the data set if there is one. Raises an error if the output is a file that is read."""
+def _open(
+    args: argparse.Namespace, output: Path, models: list[str]
+) -> tuple[Image.Image, dict[str, np.ndarray], Sequence[str] | None]:
+    """
+    Returns the image and, of the data set that contains it, the masks of those texts that are its classes, and the
+    templates. Raises an error if the output is a file that is read.
+    """
     from ..data.segmentation import load_segmentation
     from ..utils.files import check_outputs
 
@@ -154,11 +152,11 @@ def _open(args: argparse.Namespace, output: Path, models: list[str]) -> _Opened:
         inputs += dataset.files
     check_outputs([output], inputs)
     if sample is None:
-        return _Opened(load_named_image(args.image), {}, args.templates)
+        return load_named_image(args.image), {}, args.templates
     ids = dict(zip(dataset.class_names, dataset.class_ids))
     texts = args.texts or [dataset.class_names[class_id - 1] for class_id in sample.class_ids]
     true_masks = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
-    return _Opened(sample.image, true_masks, args.templates or dataset.templates)
+    return sample.image, true_masks, args.templates or dataset.templates
 
 
 def _named_sample(dataset, args: argparse.Namespace):

@@ -42,16 +42,11 @@ def run(args: argparse.Namespace) -> None:
         arguments = read_train_yaml(source / "train.yaml")  # raises for a wrong argument
         for tower in filter(None, map(arguments.get, ("vision", "text", "feature_tower"))):
             check_outside(args.output, tower)
-    from huggingface_hub.errors import StrictDataclassError
-
     from ..hub.folders import init_model, is_embedded
 
     silence_transformers()
-    try:
-        with printed_steps():
-            folder = init_model(args.config, args.output, *towers)
-    except StrictDataclassError as error:  # a wrong model option
-        raise ValueError(str(error)) from error
+    with printed_steps():
+        folder = init_model(args.config, args.output, *towers)
     next_command = ["iclip", "train", "pairs.csv", "--model", str(folder)]
     if not is_embedded(args.config, *towers):  # the defaults of a training are for trained models
         next_command += ["--learning_rate", "2e-3", "--keep_presence", "0"]

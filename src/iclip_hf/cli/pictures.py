@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
 def add_image_options(parser: argparse.ArgumentParser, *, output_help: str, **text_changes) -> None:
     """Adds the shared options. `text_changes` are keywords of `add_argument` that `--text` has in this command."""
-    parser.set_defaults(
-        npz=False, report=None, background=[], words=False
-    )  # options that only one of the commands has
+    # Options that only one of the commands has.
+    parser.set_defaults(npz=False, report=None, background=[], words=False)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, URLs, or folders of images with their subfolders"
     )

@@ -95,8 +95,6 @@ def evaluate_model(
         model does not have what a metric measures.
     """
     start = time.perf_counter()
-    if isinstance(dataset, (str, Path)):
-        raise TypeError(f"dataset is what load_segmentation returns, not {str(dataset)!r:.100}.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is at least 1, not {limit}; leave it out for all images.")
     processes = partial_state("eval")
@@ -129,8 +127,12 @@ def evaluate_model(
         size = metric.image_size if image_size is None else image_size
         if str(size) not in runs:
             runs[str(size)] = new_run(image_size=size)
-        if _prepare(metric, runs[str(size)]):
+        try:
+            metric.prepare(runs[str(size)])
             run_of_metric[metric] = runs[str(size)]
+        except CannotMeasure:
+            if not metric.optional:
+                raise
     dataset[:limit].check_classes()
     totals = {}
     for run in runs.values():
@@ -183,20 +185,6 @@ def _protocol(first_run: EvaluationRun, run_of_metric: dict[Metric, EvaluationRu
         size = {} if run is first_run else {"image_size": map_settings(run.engine)["image_size"]}
         metrics[metric.name] = metric.settings() | size
     return first_run.protocol() | {"metrics": metrics}
-
-
-def _prepare(metric: Metric, run: EvaluationRun) -> bool:
-    """
-    Prepares a metric, and returns whether it can be measured. If not, raises `CannotMeasure` unless the metric is
-    optional.
-    """
-    try:
-        metric.prepare(run)
-    except CannotMeasure:
-        if not metric.optional:
-            raise
-        return False
-    return True
 
 
 def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationDataset) -> list[dict]:

@@ -80,10 +80,8 @@ def draw(
 
     Raises:
         `OSError`, `ValueError`, `TypeError`: the image cannot be loaded, see [`load_image`], or there is none.
-            `ValueError`: there is no such colour map, or `explanation` is a list.
+            `ValueError`: there is no such colour map.
     """
-    if isinstance(explanation, Sequence):
-        raise ValueError("draw takes one explanation: draw each of the list.")
     image = load_image(explanation.image if image is None else image)
     present = explanation.present
     drawn = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]

@@ -125,8 +125,7 @@ class ICLIPTrainer(Trainer):
         if args.push_to_hub:  # the base class would push paths and the token of this machine
             raise ValueError("push_to_hub: upload the saved model by `iclip push`, with its code and card.")
         self.map_dataset, self.card, self._last_losses = map_dataset, card or {}, []
-        if unknown := self.card.keys() - signature(write_model_card).parameters.keys():
-            raise TypeError(f"card: {min(unknown)!r} is no argument of write_model_card.")
+        signature(write_model_card).bind_partial(**self.card)  # raises for an unknown argument
         if eval_dataset is None:
             eval_dataset = map_dataset
         elif map_dataset is not None and isinstance(eval_dataset, dict):

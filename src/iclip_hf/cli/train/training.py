@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -52,10 +51,7 @@ def train(
         load_statistics(model, checkpoint)
     set_statistics(model, processor, data.pairs)
     trainer = _make_trainer(arguments, data, model, processor)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except FloatingPointError as error:
-        raise ValueError(str(error)) from error
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         state, folder = trainer.state, Path(args.output_dir)
@@ -69,15 +65,12 @@ def train(
 
 def _open_model(settings: ModelArguments) -> tuple[ICLIPModel, ICLIPProcessor]:
     """Returns a model to train further, or two towers with new projections, in single precision."""
-    try:
-        model_options = options_of_model(settings.model_options)
-        if settings.model:  # small steps are lost in half precision
-            model, processor = load_iclip(settings.model, dtype="float32", **model_options)
-        else:
-            towers = settings.vision, settings.text, settings.image_size or None, settings.feature_tower
-            model, processor = join_towers(Path(settings.config).parent, *towers, **model_options)
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from error
+    model_options = options_of_model(settings.model_options)
+    if settings.model:  # small steps are lost in half precision
+        model, processor = load_iclip(settings.model, dtype="float32", **model_options)
+    else:
+        towers = settings.vision, settings.text, settings.image_size or None, settings.feature_tower
+        model, processor = join_towers(Path(settings.config).parent, *towers, **model_options)
     if settings.lock_text:
         model.text_model.requires_grad_(False)
     return model, processor

@@ -41,15 +41,10 @@ class IndexSample(SegmentationSample):
     @cached_property
     def label_map(self) -> np.ndarray:
         image = open_image(self.mask_path)
-        if image.mode not in ("P", "L", "1"):
+        if image.mode not in (("P", "L", "1") if self.num_classes == 1 else ("P", "L")):  # "1" is one bit
             raise ValueError(
                 f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode "
-                f"{image.mode!r}; save class ids, not colours."
-            )
-        if image.mode == "1" and self.num_classes > 1:
-            raise ValueError(
-                f"{self.mask_path}: a mask of 1 bit can hold one class, but the data set has {self.num_classes}; save "
-                "class ids with 8 bits."
+                f"{image.mode!r}; save class ids with 8 bits, not colours."
             )
         values = np.asarray(upright(image)).astype(np.uint8)
         if image.mode == "L":  # Pillow scales values of 2 and 4 bits to 255

@@ -60,7 +60,6 @@ class SegmentationSample:
         of the class, `void` on ignored pixels, and 0 on all others. The image need not contain the class. Raises
         `ValueError` if the file is not as described.
         """
-        raise NotImplementedError
 
 
 class Annotations(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -217,14 +216,6 @@ class MaxSensitivity(MeasuredClassMeans):
         }
 
 
-class _Weight(NamedTuple):
-    """A parameter of a module, and a value for it."""
-
-    module: nn.Module
-    name: str
-    value: nn.Parameter
-
-
 class LayerRandomization:
     """
     The sanity check of cascading randomisation (Adebayo et al. 2018). Maps that hardly change when the weights of the
@@ -238,7 +229,7 @@ class LayerRandomization:
     def __init__(self, model: ExplainableModel, seed: int = 0):
         model = recordable(model, "randomization")
         generator = torch.Generator().manual_seed(seed)
-        self._layers: list[list[_Weight]] = []
+        self._layers: list[list[tuple[nn.Module, str, nn.Parameter]]] = []
         for block in (layer.block for layer in reversed(model.layers)):
             replacements = []
             for path, weight in block.named_parameters():
@@ -246,7 +237,7 @@ class LayerRandomization:
                 sampled = torch.randn(weight.shape, generator=generator).to(weight.device) * std + mean
                 sampled = nn.Parameter(sampled.to(weight.dtype), requires_grad=False)
                 parent, _, name = path.rpartition(".")
-                replacements.append(_Weight(block.get_submodule(parent), name, sampled))
+                replacements.append((block.get_submodule(parent), name, sampled))
             self._layers.append(replacements)
 
     def __len__(self) -> int:
@@ -261,13 +252,11 @@ class LayerRandomization:
         num_layers layers are randomised. `compute_maps` is a function from images `(B, C, H, W)` to raw maps
         `(B, T, h, w)` of this model.
         """
-        maps = compute_maps(pixel_values)
-        correlations = []
-        originals = []
+        maps, correlations, originals = compute_maps(pixel_values), [], []
         try:
             for replacements in self._layers:
                 for module, name, sampled in replacements:
-                    originals.append(_Weight(module, name, getattr(module, name)))
+                    originals.append((module, name, getattr(module, name)))
                     setattr(module, name, sampled)
                 correlations.append(rank_correlation(maps, compute_maps(pixel_values)))
         finally:

@@ -6,7 +6,6 @@ others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -109,18 +108,6 @@ class MultiLabelAveragePrecision(Metric):
         return [f"Classes that every image shows: {counts}. Their average precision is always 100."]
 
 
-class _Row(NamedTuple):
-    """
-    A row of the table of presence: heading and decimals of a score, and the names in `pairs` of the numbers of shown
-    and absent pairs beside the score.
-    """
-
-    heading: str
-    decimals: int
-    shown: str | None = "shown"
-    absent: str | None = "absent"
-
-
 class Presence(MultiLabelAveragePrecision):
     """
     How well presence separates the classes that an image shows from the others. Presence does not depend on the
@@ -201,29 +188,27 @@ class Presence(MultiLabelAveragePrecision):
 
     def tables(self, scores: Mapping) -> list[str]:
         """Returns the tables, without scores that are None and without empty bins."""
-        min_presence, pairs = scores["min_presence"], scores["pairs"]
-        table = {
-            "auc": _Row("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3),
-            "auc_hard": _Row("AUC against absent classes that resemble a shown one", 3, absent="absent_hard"),
-            "auc_of_classes": _Row("AUC of each class over the images, mean over the classes", 3),
-            "kept": _Row(f"kept: shown classes with a presence of at least {min_presence}, %", 1, absent=None),
-            "passed": _Row(f"passed: absent classes with a presence of at least {min_presence}, %", 1, shown=None),
-            "passed_hard": _Row(
-                "passed, of those that resemble a shown class, %", 1, shown=None, absent="absent_hard"
+        at_least, pairs = f"with a presence of at least {scores['min_presence']}, %", scores["pairs"]
+        # Name, heading and decimals of a score, and the numbers of shown and of absent pairs that it has.
+        table = (
+            ("auc", "AUC: a shown class has more presence than an absent one, 0.5 is chance", 3, "shown", "absent"),
+            ("auc_hard", "AUC against absent classes that resemble a shown one", 3, "shown", "absent_hard"),
+            ("auc_of_classes", "AUC of each class over the images, mean over the classes", 3, "shown", "absent"),
+            ("kept", f"kept: shown classes {at_least}", 1, "shown", None),
+            ("passed", f"passed: absent classes {at_least}", 1, None, "absent"),
+            ("passed_hard", "passed, of those that resemble a shown class, %", 1, None, "absent_hard"),
+            ("map", "mAP of ranking the images by presence, %", 1, "shown", "absent"),
+            (
+                "calibration_error",
+                "calibration error: mean distance of presence and share shown",
+                3,
+                "shown",
+                "absent",
             ),
-            "map": _Row("mAP of ranking the images by presence, %", 1),
-            "calibration_error": _Row(
-                "calibration error: distance of presence and share that is shown, mean over the pairs", 3
-            ),
-        }
+        )
         rows = [
-            [
-                row.heading,
-                cell(scores[name], row.decimals),
-                str(pairs.get(row.shown, "")),
-                str(pairs.get(row.absent, "")),
-            ]
-            for name, row in table.items()
+            [heading, cell(scores[name], decimals), *(str(pairs.get(kind, "")) for kind in kinds)]
+            for name, heading, decimals, *kinds in table
             if scores[name] is not None
         ]
         tables = [markdown(["presence of the classes in the images", "", "shown pairs", "absent pairs"], rows)]

@@ -5,7 +5,6 @@ Explainers against slow independent implementations, on tiny random models of ev
 import copy
 import itertools
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -29,7 +28,6 @@ from families import (
 )
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
 
@@ -123,9 +121,7 @@ def test_scores_are_the_models_own(made, family, method):
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "family", ["iclip", "clip", "metaclip_2", "siglip", "tipsv2", "altclip", "chinese_clip", "aimv2", "dual_encoder"]
-)
+@pytest.mark.parametrize("family", ["iclip", "clip", "siglip", "tipsv2", "aimv2", "dual_encoder"])
 def test_logits_are_the_models_own(made, family):
     """With their scale, which the probabilities of deletion and insertion depend on."""
     model, processor, size = made(family)
@@ -141,14 +137,6 @@ def test_logits_are_the_models_own(made, family):
         embeds = [F.normalize(outputs[name], dim=-1) for name in ("image_embeds", "text_embeds")]
     logits = load((model, processor)).logits(embeds[0] @ embeds[1].T).detach()
     torch.testing.assert_close(logits, outputs.logits_per_image, atol=1e-4, rtol=1e-4)
-
-
-def test_logits_of_tipsv2_are_those_of_cosines_on_another_device(made):
-    """As `competing_itsm` asks for them. Fake tensors have a device that this machine may lack."""
-    model = load(made("tipsv2")[:2])
-    with FakeTensorMode(), torch.no_grad():
-        model.network.temperature = nn.Parameter(torch.empty((), device="cuda"), requires_grad=False)
-        assert model.logits(torch.empty(2)).device.type == "cpu"
 
 
 def naflex(pixel_values):
@@ -230,21 +218,14 @@ def test_attention_of_siglip_is_its_heads(made):
     torch.testing.assert_close(maps[:, 0], weights[:, 0].unflatten(-1, GRID), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["minmax", "quantile"])
-def test_attention_of_iclip_is_its_own(norm, tiny_processor):
-    model = tiny_model(attention_norm=norm)
-    _, _, maps = maps_by((model, tiny_processor), "attention", labels=["dog"])
+@pytest.mark.parametrize(
+    ("method", "attention"), [("attention", "attention"), ("attention_affinity", "map_attention")]
+)
+def test_attention_of_iclip_is_its_own(method, attention, tiny_processor):
+    model = tiny_model(attention_norm="quantile", map_affinity=3.0)
+    _, _, maps = maps_by((model, tiny_processor), method)
     with torch.no_grad():
-        attention = model.get_image_features(pixels()).attention
-    torch.testing.assert_close(maps[:, 0], attention.unflatten(-1, GRID), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("affinity", [0.0, 3.0])
-def test_attention_affinity_is_the_models_average_over_similar_patches(affinity, tiny_processor):
-    model = tiny_model(map_affinity=affinity)
-    _, _, maps = maps_by((model, tiny_processor), "attention_affinity")
-    with torch.no_grad():
-        expected = model.get_image_features(pixels()).map_attention.unflatten(-1, GRID)
+        expected = model.get_image_features(pixels())[attention].unflatten(-1, GRID)
     torch.testing.assert_close(maps, expected[:, None].expand(-1, len(LABELS), -1, -1), atol=1e-5, rtol=0)
 
 
@@ -353,21 +334,7 @@ def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor)
     assert not torch.allclose(maps, model.similarity_maps(image, texts), atol=1e-2)
 
 
-@pytest.mark.parametrize("templates", [["{}"], ["a {}", "the {}"]])
-def test_a_text_does_not_compete_with_itself_in_any_template(tiny_processor, templates):
-    """Rivals have the templates of the texts, so a text that is its own only rival keeps three quarters."""
-    given, options = (tiny_model(map_attention="none"), tiny_processor), {"templates": templates, "refine": False}
-    image = images()[0]
-    for label in LABELS:
-        own, alone = (
-            explain(given, image, [label], method, **options, **rivals).raw_maps
-            for method, rivals in (("itsm", {}), ("competing_itsm", {"rivals": [label]}))
-        )
-        torch.testing.assert_close(alone, 0.75 * own, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("size", [None, 48])
-@pytest.mark.parametrize("multi_scale", [False, True])
+@pytest.mark.parametrize(("size", "multi_scale"), [(None, True), (48, False)])
 def test_competing_maps_are_those_of_the_same_pixels(tiny_processor, size, multi_scale):
     """Also where the scores come from another size of the image."""
     explainer = make_explainer((tiny_model(logit_bias_init_value=-0.3), tiny_processor), "competing_itsm")
@@ -397,17 +364,6 @@ def test_a_family_has_the_method_that_shows_where_a_text_is(made, family, method
     assert torch.allclose(found.raw_maps, own.raw_maps, atol=1e-3) == (method == "itsm")
 
 
-def test_rivals_in_one_string(made):
-    given = made("iclip")[:2]
-    *_, listed = maps_by(given, "competing_itsm", rivals=["cat", "tree"])
-    *_, typed = maps_by(given, "competing_itsm", rivals="cat, tree")
-    torch.testing.assert_close(typed, listed)
-    with pytest.raises(ValueError, match="prior of 'cat' .* not 1.0"):
-        make_explainer(given, "competing_itsm", rivals={"cat": 1.0})
-    with pytest.raises(ValueError, match="rivals"):
-        make_explainer(given, "competing_itsm", rivals=[])
-
-
 @pytest.mark.parametrize(
     ("templates", "empty"),
     [(["a photo of the {}"], ["a photo of the "]), (["a {} ball", "{}"], ["a  ball", "a photo of"])],
@@ -430,19 +386,17 @@ def test_clip_surgery_subtracts_the_empty_text_in_the_same_templates_from_a_sing
 # explain: the short form
 
 
-def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
+@pytest.mark.parametrize("family", ["iclip", "open_clip"])
+def test_templates_are_averaged_as_unit_vectors(made, monkeypatch, family):
     monkeypatch.setattr("iclip_hf.model.engine.PROMPT_BATCH", 4)  # so that the labels come in parts
-    templates = ["a photo of the {}", "the {} ."]
-    for family in ("iclip", "clip", "open_clip"):
-        model, processor, _ = made(family)
-        explainer = make_explainer((model, processor))
-        texts = explainer.model.encode_texts(LABELS, templates)
-        for name in ("text_embeds", "map_text_embeds"):
-            each = [getattr(explainer.model.encode_texts(LABELS, [template]), name) for template in templates]
-            torch.testing.assert_close(getattr(texts, name), F.normalize(sum(each), dim=-1), atol=1e-5, rtol=0)
-        (one,) = explain((model, processor), images()[:1], LABELS, templates=["the {} ."])
-        (verbatim,) = explain((model, processor), images()[:1], [f"the {x} ." for x in LABELS], templates=["{}"])
-        torch.testing.assert_close(one.raw_maps, verbatim.raw_maps)
+    templates, model = ["a photo of the {}", "the {} ."], load(made(family)[:2])
+    texts = model.encode_texts(LABELS, templates)
+    for name in ("text_embeds", "map_text_embeds"):
+        each = [getattr(model.encode_texts(LABELS, [template]), name) for template in templates]
+        torch.testing.assert_close(getattr(texts, name), F.normalize(sum(each), dim=-1), atol=1e-5, rtol=0)
+    one = explain(model, images()[0], LABELS, templates=["the {} ."])
+    verbatim = explain(model, images()[0], [f"the {x} ." for x in LABELS], templates=["{}"])
+    torch.testing.assert_close(one.raw_maps, verbatim.raw_maps)
 
 
 def test_images_are_decoded_batch_by_batch(made, recorded):
@@ -459,15 +413,11 @@ def test_images_are_decoded_batch_by_batch(made, recorded):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_gradient_mode_of_the_caller(made, method):
-    model, processor, _ = made("iclip")
-    expected = explain((model, processor), images(), LABELS, method)
-    assert torch.is_grad_enabled()
+    given = made("iclip")[:2]
+    expected = explain(given, images()[0], LABELS, method)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            for one, same in zip(explain((model, processor), images(), LABELS, method), expected):
-                torch.testing.assert_close(one.raw_maps, same.raw_maps)
-            assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
-            assert not torch.is_grad_enabled()
+            torch.testing.assert_close(explain(given, images()[0], LABELS, method).raw_maps, expected.raw_maps)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -480,26 +430,6 @@ def test_half_precision(method, tiny_processor):
         difference = (min_max_normalize(one.raw_maps) - min_max_normalize(other.raw_maps)).abs().mean()
         # In half precision, SC-CLIP can repair another patch.
         assert difference < (0.3 if method == "sc_clip" else 0.1)
-
-
-def test_threads_do_not_disturb_each_other(made):
-    model, processor, size = made("iclip")
-    explainers = {method: make_explainer((model, processor), method) for method in ("bi_modal", "gem")}
-    texts = explainers["gem"].model.encode_texts(LABELS)
-    shared, results = explainers["bi_modal"], {}
-
-    def work(index):
-        for _ in range(5):
-            results[index] = raw_maps(shared, pixels(size)[index : index + 1], texts)[0]
-
-    expected = raw_maps(shared, pixels(size), texts)[0]
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(2):
-        torch.testing.assert_close(results[index][0], expected[index], atol=1e-5, rtol=1e-3)
 
 
 def test_the_copy_shares_the_weights(tiny_processor):
@@ -528,20 +458,17 @@ def test_a_tower_without_blocks_or_attention_is_named(made, family, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("method", "option", "value"),
     [
-        ("grad_cam", {"activations": "x"}),
-        ("grad_cam", {"layer": 2}),
-        ("bi_modal", {"layer": -3}),
-        ("gem", {"depth": 0}),
-        ("clearclip", {"tokens": "keys"}),
+        ("grad_cam", "activations", "x"),
+        ("bi_modal", "layer", -3),  # of two layers
+        ("gem", "depth", 0),
+        ("competing_itsm", "rivals", []),
     ],
 )
-def test_a_value_of_an_option_that_is_not_allowed_is_named(made, method, options):
-    model, processor, _ = made("clip")  # of two layers
-    ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"^{name} is .* not {value!r}"):
-        explain((model, processor), images()[:1], LABELS, method, **options)
+def test_a_value_of_an_option_that_is_not_allowed_is_named(made, method, option, value):
+    with pytest.raises(ValueError, match=option):
+        explain(made("clip")[:2], images()[:1], LABELS, method, **{option: value})
 
 
 def test_images_of_open_clip_are_prepared_as_its_configuration_says(made):
@@ -553,17 +480,8 @@ def test_images_of_open_clip_are_prepared_as_its_configuration_says(made):
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0)  # of about two levels of 255
 
 
-@pytest.mark.parametrize(("text", "says"), [("  ", "at least one character"), (5, "A text is a string")])
-def test_open_clip_takes_the_texts_that_other_models_take(made, text, says):
-    model, tokenizer, _ = made("open_clip")
-    with pytest.raises(ValueError, match=says):
-        explain((model, tokenizer), images()[0], ["dog", text])
-
-
 def test_open_clip_needs_its_tokenizer(made):
     model, _, _ = made("open_clip")
     preprocess = torchvision.transforms.Compose([torchvision.transforms.ToTensor()])
-    with pytest.raises(TypeError, match=r"open_clip\.get_tokenizer.*Compose"):
+    with pytest.raises(TypeError, match=r"open_clip\.get_tokenizer"):
         make_explainer((model, preprocess))
-    with pytest.raises(TypeError, match="NoneType"):
-        make_explainer((model, None))

@@ -1,7 +1,5 @@
-import copy
 import itertools
 import json
-import logging
 import math
 
 import pytest
@@ -12,10 +10,8 @@ from transformers import (
     AttentionInterface,
     AutoModel,
     AutoModelForZeroShotImageClassification,
-    BertModel,
     pipeline,
 )
-from transformers.utils.logging import get_verbosity
 
 from iclip_hf import ICLIPModel
 from iclip_hf.backends.loading import load_pretrained
@@ -60,10 +56,6 @@ def test_attention_is_the_class_tokens_row_of_the_last_layer(vision, tmp_path):
     row = attentions[-1][:, :, 0, 1 + registers :].mean(1)
     torch.testing.assert_close(tokens.raw_attention, row, atol=1e-6, rtol=0)
     torch.testing.assert_close(tokens.patch_tokens, reference.patch_tokens, atol=1e-5, rtol=0)
-    for implementation in ("eager", "sdpa"):
-        model.set_attn_implementation(implementation)
-        with torch.no_grad():
-            torch.testing.assert_close(model.encode_image(pixel_values).raw_attention, row, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("vision", VISION)
@@ -90,13 +82,9 @@ def test_value_share_mixes_what_the_last_layers_gives_a_patch_with_its_own_value
 
 def test_eager_attention_is_refused_where_it_would_ignore_value_share():
     model = tiny_model(value_share=0.5)
-    before = run(model)
     model.set_attn_implementation("eager")
-    for _ in range(2):
-        with pytest.raises(ValueError, match="value_share=0.5"):
-            run(model)
-    model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(run(model).similarity_maps, before.similarity_maps)
+    with pytest.raises(ValueError, match="value_share=0.5"):
+        run(model)
 
 
 def test_tokens_of_clip_carry_its_final_norm():
@@ -154,7 +142,7 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
     options = {"dual_projection": dual, "recognition_pooling": recognition}
     model = tiny_model(pooling=pooling, map_attention="similarity", **options)
     with torch.no_grad():
-        model.recognition.logit_scale.fill_(1.3)
+        model.recognition.logit_scale.fill_(9.0)  # above the limit of a factor of 100
         model.map_branch.logit_scale.fill_(2.1)
     inputs = tiny_inputs(batch=3, texts=3, size=(32, 48))
     pixels = {"pixel_values": inputs["pixel_values"], "interpolate_pos_encoding": True}
@@ -166,7 +154,7 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
         text_hidden = model.text_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
         model.set_attn_implementation("eager")
         rows = model.vision_model(**pixels, output_attentions=True).attentions[-1][:, :, 0, 1:]
-        torch.testing.assert_close(model(**inputs).logits_per_image, outputs.logits_per_image)
+        torch.testing.assert_close(model(**inputs).logits_per_image, outputs.logits_per_image, atol=1e-3, rtol=0)
 
     attention = []
     for heads in rows.tolist():
@@ -182,14 +170,15 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
         recognised = [h[0] + slow_pool(h[1:], h[0], None, "average") for h in hidden]
 
     recognition = slow_cosines(model.recognition, recognised, texts)  # Eq. 12
-    logits = [[math.exp(model.recognition.logit_scale.item()) * cosine for cosine in row] for row in recognition]
-    torch.testing.assert_close(outputs.logits_per_image, torch.tensor(logits), atol=1e-4, rtol=1e-4)
+    scale = min(100, math.exp(model.recognition.logit_scale.item()))
+    logits = [[scale * cosine for cosine in row] for row in recognition]
+    torch.testing.assert_close(outputs.logits_per_image, torch.tensor(logits), atol=1e-3, rtol=0)
     loss = slow_loss(logits)
     if dual:
         explained = slow_cosines(model.interpretability, pooled, texts)
         map_scale = math.exp(model.interpretability.logit_scale.item())
         loss = (loss + slow_loss([[map_scale * cosine for cosine in row] for row in explained])) / 2  # Eq. 13
-    assert with_loss.loss.item() == pytest.approx(loss, abs=1e-4)
+    assert with_loss.loss.item() == pytest.approx(loss, abs=1e-3)
     torch.testing.assert_close(with_loss.logits_per_image, outputs.logits_per_image)
 
     for image in range(3):
@@ -197,11 +186,6 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
         expected = [[cosines[n][t] * attention[image][n] for n in range(24)] for t in range(3)]
         actual = outputs.similarity_maps[image].flatten(1)
         torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-5, rtol=0)
-
-
-def maps_with(model, map_attention):
-    model.config.map_attention = map_attention
-    return run(model)
 
 
 def test_signed_attention_raises_objects_and_lowers_the_background():
@@ -214,7 +198,9 @@ def test_signed_attention_raises_objects_and_lowers_the_background():
         texts = run(model).map_text_embeds
         # so that the weights of the three texts are 3 (limited to 1), -0.5 and 0
         model.attention_direction.copy_(torch.linalg.pinv(texts) @ torch.tensor([3.0, -0.5, 0.0]) / 20)
-    signed, plain = run(model), maps_with(model, "none")
+    signed = run(model)
+    model.config.map_attention = "none"
+    plain = run(model)
     lit = plain.attention.view(2, 1, *GRID)
     low, high = lit.amin((2, 3), keepdim=True), lit.amax((2, 3), keepdim=True)
     added = (lit - low) / (high - low) * torch.tensor([1.0, -0.5, 0.0]).view(3, 1, 1)
@@ -301,7 +287,7 @@ def test_texts_of_each_image_equal_shared_texts_run_alone():
         torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("given", [(), ("input_ids",), ("pixel_values",), ("pixel_values", "text_features")])
+@pytest.mark.parametrize("given", [("pixel_values",), ("pixel_values", "text_features")])
 def test_a_side_that_is_missing_is_named(given):
     """The loss needs texts to learn from, instead of encoded ones."""
     model = tiny_model()
@@ -310,7 +296,7 @@ def test_a_side_that_is_missing_is_named(given):
         model(**{name: inputs[name] for name in given}, return_loss="text_features" in given)
 
 
-@pytest.mark.parametrize("shape", [(1,), (4,), (2, 2)])
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
 def test_the_loss_without_nouns_needs_one_text_of_each_image(shape):
     """
     Two captions of each image in one list would be taken for those of other images. CLIP's tower would flatten a list
@@ -339,9 +325,8 @@ def test_locked_tower_stays_locked_after_loading_and_training(lock, tmp_path):
     model = ICLIPModel.from_pretrained(tmp_path).train()
     assert model.vision_model.training is (not lock) and model.text_model.training
     model.text_model.requires_grad_(False)
-    assert not model.train().text_model.training and model.vision_model.training is (not lock)  # no dropout
+    assert not model.train().text_model.training  # no dropout
     model.text_model.requires_grad_(True)
-    assert model.train().text_model.training
     assert all(parameter.requires_grad is (not lock) for parameter in model.vision_model.parameters())
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -349,17 +334,6 @@ def test_locked_tower_stays_locked_after_loading_and_training(lock, tmp_path):
     optimizer.step()
     changed = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"text_model", "recognition", "interpretability"} | (set() if lock else {"vision_model"})
-
-
-def test_scales_are_a_branchs_own_and_clamped():
-    model = tiny_model()
-    with torch.no_grad():
-        model.recognition.logit_scale.fill_(9.0)
-        model.interpretability.logit_scale.fill_(1.0)
-    one = torch.ones(1)
-    torch.testing.assert_close(
-        torch.cat([model.recognition(one), model.interpretability(one)]), torch.tensor([100, math.e])
-    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
@@ -392,17 +366,6 @@ def test_compiles_without_a_graph_break():
     with torch.no_grad():
         outputs = compiled(**tiny_inputs(size=(32, 48)), output_similarity_maps=True)
     torch.testing.assert_close(outputs.similarity_maps, run(model).similarity_maps)
-
-
-def test_joining_reports_no_weights_that_the_towers_lack(tmp_path, caplog, monkeypatch):
-    """Transformers would print a table of the pooler's weights."""
-    source = tiny_model()
-    source.vision_model.save_pretrained(tmp_path / "vision")
-    BertModel(source.config.text_config).save_pretrained(tmp_path / "text")  # with a pooler
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    verbosity = get_verbosity()
-    ICLIPModel.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"))
-    assert not caplog.records and get_verbosity() == verbosity
 
 
 def test_both_sides_of_a_two_tower_checkpoint_are_taken(tmp_path):
@@ -443,8 +406,7 @@ def test_autocast_rounds_no_logit_of_the_attention():
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # has another name in the newest transformers
-@pytest.mark.parametrize("lock_vision", [True, False])
-@pytest.mark.parametrize("options", [None, {"use_reentrant": True}])
+@pytest.mark.parametrize(("lock_vision", "options"), [(True, None), (False, None), (False, {"use_reentrant": True})])
 def test_gradient_checkpointing_of_the_towers_that_learn_changes_no_gradient(lock_vision, options):
     """Also of an image tower whose attention learns by masked max, whatever checkpoints are asked for."""
     inputs = tiny_inputs(batch=3, texts=3)
@@ -473,72 +435,40 @@ def holding(part, value):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (
-            lacking("_projection"),
-            "4 weights of ICLIPModel are missing, such as interpretability.text_projection.weight",
-        ),
-        (lacking("vision_model"), "are missing, such as vision_model."),
-        (holding("recognition.text_projection", torch.nan), "recognition.text_projection.weight holds NaN"),
-        (holding("token_mean", torch.nan), "token_mean holds NaN"),
-        (holding("text_model.encoder.layer.1", -torch.inf), r"text_model.encoder.layer.1.* holds NaN or infinity"),
+        (lacking("_projection"), "4 weights .*interpretability.text_projection.weight"),
+        (holding("token_mean", torch.nan), "token_mean"),
+        (holding("text_model.encoder.layer.1", -torch.inf), "text_model.encoder.layer.1"),
     ],
-    ids=["no projections", "no tower", "NaN", "NaN in a buffer", "infinity"],
+    ids=["missing", "NaN in a buffer", "infinity"],
 )
 def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_processor, damage, says):
     model = tiny_model(max_over="similarity", center_tokens=True).half()
     model.save_pretrained(tmp_path, state_dict=damage(model.state_dict()))
     tiny_processor.save_pretrained(tmp_path)
-    loaders = [ICLIPModel.from_pretrained, AutoModel.from_pretrained, load_pretrained]
-    loaders.append(AutoModelForZeroShotImageClassification.from_pretrained)
-    for load in loaders:
-        with pytest.raises(ValueError, match=f"^{tmp_path}: .*{says}.*download it again.$"):
+    for load in (ICLIPModel.from_pretrained, AutoModel.from_pretrained, load_pretrained):
+        with pytest.raises(ValueError, match=f"^{tmp_path}: .*{says}"):
             load(tmp_path)
-    for task in ("image-text-similarity-map", "zero-shot-image-classification"):
-        with pytest.raises(ValueError, match=says):
-            pipeline(task, model=str(tmp_path))
+    with pytest.raises(ValueError, match=says):
+        pipeline("image-text-similarity-map", model=str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("options", "weight"),
+    ("options", "without", "weight"),
     [
-        ({"logit_bias_init_value": -2.0}, "recognition.logit_bias"),  # the model would have no presence
-        ({"max_over": "similarity", "center_tokens": True}, "token_mean"),
-        ({"dual_projection": True}, "interpretability.logit_scale"),
+        # The model would have no presence.
+        ({"logit_bias_init_value": -2.0}, {"logit_bias_init_value": None}, "recognition.logit_bias"),
+        ({"max_over": "similarity", "center_tokens": True}, {"center_tokens": False}, "token_mean"),
     ],
 )
-def test_weights_of_a_part_that_the_configuration_lacks_are_refused(tmp_path, tiny_processor, options, weight):
+def test_weights_of_a_part_that_the_configuration_lacks_are_refused(
+    tmp_path, tiny_processor, options, without, weight
+):
     save(tmp_path, tiny_model(**options), tiny_processor)
     config = json.loads((tmp_path / "config.json").read_text())
-    without = {"logit_bias_init_value": None, "center_tokens": False, "dual_projection": False}
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {name: without[name] for name in options if name in without})
-    )
+    (tmp_path / "config.json").write_text(json.dumps(config | without))
     for load in (ICLIPModel.from_pretrained, load_pretrained):
         with pytest.raises(ValueError, match=f"^{tmp_path}: .*config.json.*{weight}"):
             load(tmp_path)
-
-
-def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    loaded, loading = ICLIPModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not loading["missing_keys"] and loaded.state_dict().keys() == model.state_dict().keys()
-    fresh = ICLIPModel.from_pretrained(None, config=model.config, state_dict={})
-    assert all(weight.isfinite().all() for weight in fresh.parameters())
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("pooling", ["eos", "mean"])
-def test_a_siglip_text_is_the_same_however_far_it_is_padded(masked, pooling):
-    """Pipelines of transformers pad to the longest text, ICLIPProcessor as SigLIP was trained."""
-    model, short = tiny_model(text="siglip_text_model", text_pooling=pooling), tiny_inputs(texts=1)["input_ids"]
-    found = []
-    for padding in (0, 5, 70):
-        ids = F.pad(short, (0, padding), value=1)
-        mask = {"attention_mask": F.pad(torch.ones_like(short), (0, padding))} if masked else {}
-        with torch.no_grad():
-            found.append(model.get_text_features(ids, **mask).text_embeds)
-    torch.testing.assert_close(found, [found[-1]] * 3)
 
 
 def test_the_mean_of_a_siglip_text_leaves_out_its_padding():
@@ -549,6 +479,8 @@ def test_the_mean_of_a_siglip_text_leaves_out_its_padding():
         assert tower.last_hidden_state.shape[1] == 77
         for row, count in ((0, 3), (1, 1)):
             torch.testing.assert_close(found[row], tower.last_hidden_state[row, :count].mean(0))
+        padded, _ = model.encode_text(F.pad(ids, (0, 70), value=1))  # as SigLIP was trained
+        torch.testing.assert_close(padded, found)
 
 
 def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path):
@@ -617,19 +549,3 @@ def test_a_share_of_the_recognition_branch_in_the_map_leaves_the_loss():
         with torch.no_grad():
             losses.append(model(**inputs, return_loss=True).loss)
     torch.testing.assert_close(losses[1], losses[0])
-
-
-@torch.no_grad()
-def test_linear_layers_can_be_replaced_one_by_one():
-    """As libraries of quantization and of adapters do, by the class."""
-    options = {"max_over": "similarity", "recognition_pooling": "class_and_average", "recognition_share": 0.3}
-    model = tiny_model(**options, image_hidden_size=8, text_hidden_size=12)
-    replaced = copy.deepcopy(model)
-    for name, layer in [*replaced.named_modules()]:
-        if isinstance(layer, torch.nn.Linear):
-            other = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            other.load_state_dict(layer.state_dict())
-            replaced.set_submodule(name, other)
-    expected, outputs = (one(**tiny_inputs(), output_similarity_maps=True) for one in (model, replaced))
-    torch.testing.assert_close(outputs.logits_per_image, expected.logits_per_image)
-    torch.testing.assert_close(outputs.similarity_maps, expected.similarity_maps)

@@ -39,21 +39,13 @@ def test_representative_patches_by_hand():
     assert representative_patches(tokens, attention, (3, 4), 12)[0].tolist() == [*range(12)]
 
 
-@pytest.mark.parametrize(("attention", "second"), [(0.443, 2), (0.4465, 1)])
-def test_patches_without_attention_have_a_twentieth_of_the_largest(attention, second):
-    """(a + 0.05) of an unlike patch against (0.3 + 0.05) sqrt(2) of the opposite one."""
-    tokens = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], *[[1.0, 0.1]] * 9])[None]
-    taken = representative_patches(tokens, torch.tensor([[1.0, attention, 0.3, *[0.0] * 9]]), (3, 4), 6)
-    assert taken[0, 1] == second
-
-
 def test_even_patches_cover_each_row_and_column():
     """
     Of 16 x 16 patches every second row, and in them the even columns and the odd ones in turn; of others, 8 rows too.
     """
     rows, columns = even_patches((16, 16)).view(8, 8) // 16, even_patches((16, 16)).view(8, 8) % 16
-    assert rows[:, 0].tolist() == [1, 3, 5, 7, 9, 11, 13, 15] and (rows == rows[:, :1]).all()
-    assert columns[0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14] and columns[1].tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert rows[:, 0].tolist() == [*range(1, 16, 2)] and (rows == rows[:, :1]).all()
+    assert columns[0].tolist() == [*range(0, 16, 2)] and columns[1].tolist() == [*range(1, 16, 2)]
     wide = even_patches((10, 25))
     assert wide.min() >= 0 and wide.max() < 250 and len({*(wide // 25).tolist()}) == 8
     heights = even_heights().view(8, 8)
@@ -116,7 +108,7 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
 
 
 def test_nouns_are_found_in_captions():
-    nouns = NounPrompts(["dog", "traffic light (3)", "", "bus (background) (12)", "man", " ", "baby", "light"])
+    nouns = NounPrompts(["dog", "traffic light (3)", "", "bus", "man", " ", "baby", "light"])
     assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
     found = nouns.nouns_in("Two men, three babies and dogs wait at the traffic lights; no business")
     assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby"}  # no "light"
@@ -125,11 +117,8 @@ def test_nouns_are_found_in_captions():
     assert sampled["noun_labels"].tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6] and len(prompts) == 6
     assert all(nouns.nouns[number] in prompt for number, prompt in zip(sampled["noun_ids"], prompts))
     assert set(sampled["noun_ids"][:3].tolist()) <= {2, 3}
-    assert sampled["is_background"].tolist() == [int(number == 2) for number in sampled["noun_ids"]]
-    irregular = {"children": "child", "people": "person", "feet": "foot", "teeth": "tooth", "geese": "goose"}
-    for plural, noun in {**irregular, "mice": "mouse", "salespeople": "salesperson"}.items():
-        nouns_of_one = NounPrompts([noun, "dog"])
-        assert nouns_of_one.nouns_in(f"two {plural}") == nouns_of_one.nouns_in(f"a {noun}") == {0}
+    for plural, noun in {"children": "child", "feet": "foot", "mice": "mouse", "salespeople": "salesperson"}.items():
+        assert NounPrompts(["dog", noun]).nouns_in(f"two {plural}") == {1}
     assert NounPrompts(["person", "people"]).nouns_in("two people") == {1}  # which is a noun itself
     assert NounPrompts(["carpenter's kit"]).nouns_in("a photo of the carpenter's kits") == {0}
     assert nouns.sample(images[:1], epoch=0)[0] == prompts[:3]
@@ -140,14 +129,13 @@ def test_nouns_are_found_in_captions():
     ("caption", "phrases", "expected"),
     [
         ("a man eating a hot dog by his dog", (), {"man", "hot dog", "dog"}),
-        ("two hot dogs and a bun", (), {"hot dog"}),
         ("a teddy bear", (), {"bear"}),
         ("a teddy bear, a bear", {"teddy bear"}, {"bear"}),
         ("teddy bears", {"teddy bears"}, set()),
         ("a city bus stop", (), {"bus stop"}),
         ("an orange bus with orange and red stripes", (), {"bus"}),
-        ("a photo of an orange", (), {"orange"}),
         ("Oranges on a bus", (), {"orange", "bus"}),
+        ("an orange \u2764\ufe0f", (), {"orange"}),  # whose mark is no letter
     ],
 )
 def test_the_longest_noun_takes_its_words(caption, phrases, expected):
@@ -163,7 +151,6 @@ def test_the_longest_noun_takes_its_words(caption, phrases, expected):
         (["a bear of stone"], [], ["bear", "dog"], set(), {"dog"}),  # named and denied: unknown
         (["teddy bears"], ["Teddy_Bear"], [], set(), set()),
         (["a street"], ["traffic_light", "DOG"], ["Traffic Light", "dog", "bear"], {"traffic light", "dog"}, {"bear"}),
-        (["a man"], ["dogs", "unheard of"], ["person", "man", "car"], {"dog"}, {"person"}),
     ],
 )
 def test_labels_say_what_an_image_shows_and_what_it_does_not(captions, labels, complete, shown, absent):
@@ -182,19 +169,17 @@ def test_letters_and_marks_of_all_scripts_are_parts_of_words():
         assert nouns.nouns_in(f"a {noun}, {decomposed}") == {number}
 
 
-@pytest.mark.parametrize("caption", ["\u2600\ufe0fbeach", "1\ufe0f\u20e3beach", "an orange, a beach \u2764\ufe0f"])
-def test_marks_of_emoji_are_no_letters(caption):
-    nouns = NounPrompts(["beach"])
-    assert nouns.nouns_in(caption) == nouns.nouns_in("\u2764\ufe0f beach\ufe0f!") == {0}
-    assert NounPrompts(["orange"]).nouns_in("an orange \u2764\ufe0f") == {0}  # the fruit, at the end
-
-
-def test_sampled_prompts_are_of_nouns_shown():
-    nouns = NounPrompts(["dog", "person", "man"])
-    images = [nouns.known_nouns(["a man eats"], ["person"], ["person", "dog"]), nouns.known_nouns(["a man eats"])]
-    prompts, sampled = nouns.sample(images, epoch=0)
+def test_sampled_prompts_are_of_nouns_shown_with_their_marks():
+    nouns = NounPrompts(["sky (background) (above)", "floor (below) (background)", "man (19)"])
+    assert nouns.nouns == ["sky", "floor", "man"]
+    images = [nouns.known_nouns(["a man eats"], ["floor"], ["floor", "sky"]), nouns.known_nouns(["a man eats"])]
+    _, sampled = nouns.sample(images, epoch=0)
     assert sampled["noun_labels"].tolist() == [[-1, 1, 1], [0, 0, 1]]
-    assert set(sampled["noun_ids"][:3].tolist()) <= {1, 2} and set(sampled["noun_ids"][3:].tolist()) == {2}
+    ids = sampled["noun_ids"].tolist()
+    assert set(ids[:3]) <= {1, 2} and set(ids[3:]) == {2}
+    assert sampled["place"].tolist() == [{1: 1, 2: 0}[number] for number in ids]
+    assert sampled["is_background"].tolist() == [number == 1 for number in ids]
+    assert nouns.marks["place"].tolist() == [-1, 1, 0]
 
 
 def test_each_class_has_a_prompt_and_the_probabilities_of_images():
@@ -233,20 +218,9 @@ def test_the_recognition_branch_learns_the_probabilities_of_classes(bias):
     torch.testing.assert_close(losses[0.4] - losses[0], torch.stack([0.4 * expected, torch.zeros(())]))
 
 
-def test_marks_say_where_a_noun_is():
-    lines = ["sky (background) (above)", "floor (below) (background)", "lamp (above)", "wall (background)", "dog (19)"]
-    nouns = NounPrompts(lines)
-    assert nouns.nouns == ["sky", "floor", "lamp", "wall", "dog"]
-    assert nouns.marks["place"].tolist() == [-1, 1, -1, 0, 0]
-    assert nouns.marks["is_background"].tolist() == [1, 1, 0, 1, 0]
-    _, sampled = nouns.sample([nouns.known_nouns([noun]) for noun in nouns.nouns], epoch=0)
-    assert sampled["place"].tolist() == [-1] * 3 + [1] * 3 + [-1] * 3 + [0] * 6
-
-
 def test_noun_prompts_are_no_captions():
     nouns = NounPrompts(["oven", "dog"])
     labels = ["a photo of an oven", "a photo of a dog"]
-    assert nouns.sentences([*labels, "a dog in a kitchen"]) == ["a dog in a kitchen"]
     assert nouns.sentences(["a photo of a cat", *labels]) == ["a photo of a cat"]  # no noun of the vocabulary
     assert nouns.sentences(labels) == labels  # nothing else to learn from
 
@@ -301,9 +275,7 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
     softmax = tiny_model(max_over="similarity")  # the same weights without a bias
     softmax.load_state_dict({name: weight for name, weight in model.state_dict().items() if "logit_bias" not in name})
     without = outputs_of(softmax, {**batch, "nouns": nouns}, **learns)
-    torch.testing.assert_close(
-        outputs["branch_losses"][1], without["branch_losses"][1]
-    )  # the map branch keeps its loss
+    torch.testing.assert_close(outputs["branch_losses"][1], without["branch_losses"][1])  # of the map
     outputs["loss"].backward()
     assert model.recognition.logit_bias.grad.abs() > 1e-3
 
@@ -439,16 +411,3 @@ def test_nouns_with_a_place_compete_for_evenly_spread_patches():
         expected = competition_loss(shares_by_place(shares, even, texts, 20, known), known.shown)
     torch.testing.assert_close(losses[1], expected, atol=1e-5, rtol=0)
     assert (losses[0] - losses[1]).abs() > 0.01 and (competition_loss(shares, known.shown) - expected).abs() > 0.01
-
-
-def test_without_a_mask_the_loss_does_not_see_the_attention():
-    model, batch, losses = tiny_model(max_over="similarity"), tiny_inputs(4, 4), {}
-    with torch.no_grad():
-        inputs = model.image_inputs(model.encode_image(batch.pop("pixel_values")))
-        for model.config.pooling in ("max", "masked_max"):
-            for attention in (inputs.map_attention, torch.ones_like(inputs.map_attention)):
-                images = inputs._replace(map_attention=attention)
-                _, of_map = model(**batch, image_inputs=images, return_loss=True).branch_losses
-                losses.setdefault(model.config.pooling, []).append(of_map.item())
-    assert losses["max"] == pytest.approx([losses["masked_max"][1]] * 2, abs=1e-5)
-    assert abs(losses["masked_max"][0] - losses["masked_max"][1]) > 1e-3

@@ -28,7 +28,6 @@ from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, co
 from iclip_hf.data import pairs as pairs_module
 from iclip_hf.data.files import expand_braces
 from iclip_hf.data.formats import shards
-from iclip_hf.data.formats.source import Source
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import _image_bytes
 from iclip_hf.training import PairCollator, StreamedPairs
@@ -46,8 +45,8 @@ def jpeg(number: int) -> bytes:
     return encoded(Image.new("RGB", (12, 8), (number % 256,) * 3), "JPEG")
 
 
-def write_tar(path, members, **options):
-    path.write_bytes(tar(*members, **options))
+def write_tar(path, members):
+    path.write_bytes(tar(*members))
     return path
 
 
@@ -118,15 +117,10 @@ def test_shards(tmp_path):
         assert item["image"].mode == "RGB" and item["image"].size == (12, 8)
         np.testing.assert_allclose(np.asarray(item["image"]), i, atol=1)
         assert dataset.captions(i) == dataset.read(i)["captions"] == [f"caption {i}"]
-    assert dataset[-1]["key"] == "k09"
-    for index in (10, -11):
-        with pytest.raises(IndexError):
-            dataset[index]
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_shard_members(tmp_path, format):
-    deep = "/".join(["folder" * 5] * 3)  # over 100 characters with its file: extension headers, if not ustar
+def test_shard_members(tmp_path):
+    deep = "/".join(["folder" * 5] * 3)  # over 100 characters with its file: extension headers
     link = tarfile.TarInfo("k1.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
     folder = tarfile.TarInfo("k2")
@@ -148,18 +142,17 @@ def test_shard_members(tmp_path, format):
         ("other/k1.txt", "e"),
         ("README", "no suffix, no pair"),
     ]
-    dataset = load_pairs(write_tar(tmp_path / "a.tar", members, format=format))
-    assert [dataset.captions(i) for i in range(len(dataset))] == [["b", "c"], ["a"], ["d"], ["e"]]
+    dataset = load_pairs(write_tar(tmp_path / "a.tar", members))
+    assert all_captions(dataset) == [["b", "c"], ["a"], ["d"], ["e"]]
     assert keys(dataset) == ["k0", "k1", f"{deep}/{'n' * 60}", "other/k1"]
     assert [np.asarray(item["image"]).mean().round() for item in dataset] == [0, 1, 2, 3]
 
 
 # Name of a file beside the images 0.jpg, 1.jpg, ..., its content, names of columns, and the captions of its pairs.
 READ = [
-    ("p.csv", 'title,other,filepath\n"a ""quoted"" dog",,0.jpg\n"a, b",,1.jpg\n', {}, [['a "quoted" dog'], ["a, b"]]),
+    ("p.csv", 'title,other,filepath\n"a ""quoted"" dog, b",,0.jpg\n', {}, [['a "quoted" dog, b']]),
     ("p.csv", 'image,caption\n0.jpg,"one\ntwo"\n1.jpg,null\n2.jpg,NA', {}, [["one\ntwo"], ["null"], ["NA"]]),
     ("p.csv", "\ufeffimage;caption;x\n0.jpg;a, b;\n1.jpg;  狗 🐕 كلب ;\n", {}, [["a, b"], ["狗 🐕 كلب"]]),
-    ("p.csv", "image\tcaption\n0.jpg\ta, b; c\n", {}, [["a, b; c"]]),
     ("p.csv", 'image, caption\n0.jpg, "a dog, a\ncat"\n1.jpg, a bird\n', {}, [["a dog, a\ncat"], ["a bird"]]),
     ("p.csv", 'image,caption\n0.jpg,"[""a dog"", ""a pet""]"\n1.jpg,[1] a\n', {}, [["a dog", "a pet"], ["[1] a"]]),
     ("p.csv", 'image,caption\n0.jpg,"[""a dog"" and a cat]"\n1.jpg,[]\n', {}, [['["a dog" and a cat]'], ["[]"]]),
@@ -189,8 +182,7 @@ def test_the_pairs_of_a_file(tmp_path, name, content, options, captions):
         ("p.csv", '0.jpg,"a" dog\n', 2),
         ("p.csv", '0.jpg,"two\nlines"\n1.jpg,"open', 4),
         ("p.csv", "0.jpg,a dog\n1.jpg,a dog, a cat\n", 3),
-        ("p.csv", "0.jpg\n", 2),
-        *(("p.jsonl", f'{{"image": "0.jpg", "caption": "a"}}\n\n{bad}\n', 3) for bad in ("{", "[]", '"text"')),
+        ("p.jsonl", '{"image": "0.jpg", "caption": "a"}\n\n[]\n', 3),
     ],
 )
 def test_a_line_that_is_no_row_is_an_error_with_its_number(tmp_path, name, rows, line):
@@ -225,9 +217,9 @@ def test_rows_of_an_image_are_one_pair(tmp_path, form):
 def test_rows_with_images_of_their_own_and_one_path_are_pairs_of_their_own(tmp_path):
     """Some programs store one path, such as "image.jpg", beside the bytes of each image."""
     (tmp_path / "image.jpg").write_bytes(jpeg(9))
-    stored = [{"bytes": content, "path": "image.jpg"} for content in (jpeg(0), None, jpeg(2), None)]
-    pq.write_table(pa.table({"image": stored, "caption": [*"abcd"]}), tmp_path / "a.parquet")
-    dataset = load_pairs(tmp_path / "a.parquet")
+    stored = [{"bytes": content, "path": "image.jpg"} for content in (jpeg(0), None, jpeg(2), b"")]
+    pq.write_table(pa.table({"image": stored, "caption": [*"abcd"]}), tmp_path / "a[12]*.parquet")
+    dataset = load_pairs(tmp_path / "a[12]*.parquet")  # a name is no pattern
     assert all_captions(dataset) == [["a"], ["b", "d"], ["c"]]
     assert [bytes_of(dataset, row) for row in range(3)] == [jpeg(0), jpeg(9), jpeg(2)]
 
@@ -295,28 +287,6 @@ def test_saved_datasets(tmp_path, form):
         load_pairs(source)
 
 
-@pytest.mark.parametrize("stored", [jpeg(7), {"bytes": jpeg(7)}, {"path": "7.jpg"}, {"bytes": b"", "path": "7.jpg"}])
-def test_parquet_with_bytes_and_with_structs_of_bytes_or_paths(tmp_path, stored):
-    """The latter as pandas writes dictionaries. The second row has no image."""
-    (tmp_path / "7.jpg").write_bytes(jpeg(7))
-    for name, caption in (("a[12]*.parquet", "a dog"), ("a1.parquet", "a cat")):  # a name is no pattern
-        pq.write_table(pa.table({"image": [stored, None], "text": [caption, ""]}), tmp_path / name)
-    dataset = load_pairs(tmp_path / "a[12]*.parquet")
-    assert dataset[0]["image"].size == (12, 8) and dataset[0]["caption"] == "a dog"
-    assert dataset.image_digests()[0] == hashlib.sha256(jpeg(7)).digest()
-    with pytest.raises(BadPairError, match="row 2: no image"):
-        dataset.read(1)
-
-
-def test_columns_that_are_not_there(tmp_path):
-    (tmp_path / "pairs.csv").write_text("scan,image,report\na.jpg,absent.jpg,a dog\n")
-    with pytest.raises(ValueError, match="the image .'photo'. is among 'scan', 'image', 'report'"):
-        load_pairs(tmp_path / "pairs.csv", image_column="photo", caption_column="report")
-    datasets.Dataset.from_dict({"image": [5, 6], "caption": ["a", "b"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="a.parquet: "):  # a column of numbers holds no images
-        load_pairs(tmp_path / "a.parquet")
-
-
 def test_files_that_are_in_both_sets_are_named(tmp_path, caplog):
     shard = write_shards(tmp_path / "shards", 9) / "00000.tar"
     assert load_pairs(shard).files() == {str(shard)}
@@ -365,21 +335,18 @@ def test_a_part_is_split_off_by_images(tmp_path):
         dataset.split(1)
 
 
-@pytest.mark.parametrize("form", ["files", "shards"])
-def test_copies_of_an_image_stay_together(tmp_path, form):
+def test_copies_of_an_image_stay_together_and_are_compared_once(tmp_path, recorded):
     """As in data sets with a row for each caption. Otherwise images that are held out are trained on."""
-    if form == "files":
-        for number in range(8):  # of one size, and some with one end
-            content = bytes([number]) + b"image" * 2000 + bytes([number if number < 4 else 0])
-            for place in "ab":
-                (tmp_path / place).mkdir(exist_ok=True)
-                (tmp_path / place / f"{number}.jpg").write_bytes(content)
-    else:
-        write_members(tmp_path / "a.tar", range(16), jpg=lambda i: jpeg(i % 8), txt=str)
-    parts = load_pairs(tmp_path).split(0.125)
-    images = [{bytes_of(part, row) for row in range(len(part))} for part in parts]
-    assert [len(part) for part in parts] == [14, 2]
-    assert [len(part) for part in images] == [7, 1] and images[0].isdisjoint(images[1])
+    write_members(tmp_path / "a.tar", range(8), jpg=jpeg, txt=str)
+    write_images(tmp_path, [f"{number}.jpg" for number in range(8)])
+    table = write_table(tmp_path / "b.csv", [f"{number}.jpg" for number in range(8)])
+    compared = recorded(PairDataset, "_image_digest", lambda self, index: index)
+    parts = load_pairs([tmp_path / "a.tar", table]).split(0.125)
+    images = [[bytes_of(part, row) for row in range(len(part))] for part in parts]
+    assert [(len(part), len({*part})) for part in images] == [(14, 7), (2, 1)] and {*images[0]}.isdisjoint(images[1])
+    for part, stored in zip(parts, images):
+        assert part.image_digests() == [hashlib.sha256(image).digest() for image in stored]
+    assert sorted(compared) == [*range(16)]
 
 
 @pytest.mark.parametrize("large", [2**30, 0])  # with 0, digests are kept
@@ -393,19 +360,6 @@ def test_the_images_of_another_column_are_others(tmp_path, monkeypatch, large):
             pairs = load_pairs(path, image_column=column)
             expected = [hashlib.sha256(pairs.raw(row).image).digest() for row in range(4)]
             assert pairs.image_digests() == expected and len(set(expected)) == distinct
-
-
-def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):
-    write_shards(tmp_path / "b", 9)
-    names = [f"{number}.jpg" for number in range(9)]
-    write_images(tmp_path / "b", names)
-    write_table(tmp_path / "b" / "pairs.csv", names)
-    (tmp_path / "x").mkdir()
-    seen = []
-    for place in ("a", "x/y"):
-        moved = next(tmp_path.glob("[ab]")).rename(tmp_path / place)
-        seen.append(all_captions(load_pairs([moved, moved / "pairs.csv"]).split(0.4)[1]))
-    assert seen[0] == seen[1]
 
 
 def test_members_of_one_name_are_pairs_of_their_own(tmp_path):
@@ -424,37 +378,17 @@ def test_patterns_and_lists(tmp_path):
     assert keys(load_pairs(f"{shards}/00000.tar")) == ["k00"]
     assert keys(load_pairs(str(other / "{00000,00000}.tar"))) == ["k00", "k01", "k02"] * 2
     plain = shards.rename(tmp_path / "shards")
-    assert keys(load_pairs(f"{plain}/{{00008..00011}}.tar")) == ["k08", "k09", "k10", "k11"]
     assert keys(load_pairs(f"{plain}/*[02].tar")) == ["k00", "k02", "k10"]
     assert keys(load_pairs([plain, other / "00000.tar"])) == [f"k{i:02}" for i in range(12)] + ["k00", "k01", "k02"]
-    with pytest.raises(FileNotFoundError, match=r"00005\.\.00001.*: there is no such file"):
-        load_pairs(f"{plain}/{{00005..00001}}.tar")
     assert expand_braces("{a,b}-{9..11}-{08..09}") == [
         f"{letter}-{number}-{padded}" for letter in "ab" for number in (9, 10, 11) for padded in ("08", "09")
     ]
 
 
-def test_a_format_is_a_function_and_a_row_of_the_table(tmp_path, monkeypatch):
-    def open_lines(path, columns):
-        names, captions = zip(*(line.split(" ", 1) for line in path.read_text().splitlines()))
-        return Source(path, path.parent, columns, [{"caption": caption} for caption in captions], names, [path])
-
-    monkeypatch.setitem(formats.FORMATS, ".lines", open_lines)
-    write_images(tmp_path, ["0.jpg", "1.jpg"])
-    (tmp_path / "a.lines").write_text("0.jpg a dog\n1.jpg a cat\n./0.jpg a pet\n2.jpg absent")
-    pairs = load_pairs(tmp_path)  # the folder stands for its file
-    assert all_captions(pairs) == [["a dog", "a pet"], ["a cat"], ["absent"]]
-    assert pairs.files() == {str(tmp_path / name) for name in ("a.lines", "0.jpg", "1.jpg", "2.jpg")}
-
-
-@pytest.mark.parametrize("form", ["csv", "folders"])
-def test_rows_take_little_more_memory_than_their_text(tmp_path, form):
+def test_rows_take_little_more_memory_than_their_text(tmp_path):
     """A dictionary for each takes several times as much, and each loading process would come to copy it."""
     names = [f"a photo of number/{number:06}.jpg" for number in range(2000)]
-    (tmp_path / "a photo of number").mkdir()
-    for name in names:
-        (tmp_path / name).touch()
-    source = tmp_path if form == "folders" else write_table(tmp_path / "a.csv", names, names)
+    source = write_table(tmp_path / "a.csv", names, names)
     load_pairs(source)  # which imports
     tracemalloc.start()
     pairs = load_pairs(source)
@@ -496,10 +430,12 @@ def test_sampled_captions(tmp_path):
 
 # ---- bad pairs ----
 
+BAD = {8: "truncated", 9: "no caption", 23: "no image beside its text", 31: "utf-8"}
+
 
 @pytest.fixture
 def damaged(tmp_path):
-    """40 pairs, of which 8, 9, 23 and 31 are bad in different ways."""
+    """40 pairs, of which `BAD` are bad in different ways."""
     images, texts = {8: jpeg(8)[:300], 23: None}, {9: " \n", 31: b"\xff\xfe"}
     return write_members(
         tmp_path / "damaged.tar",
@@ -509,22 +445,13 @@ def damaged(tmp_path):
     )
 
 
-BAD = {8: r"damaged\.tar: 'k08\.jpg': .*(?i:truncated)", 9: "no caption", 23: "no image beside its text", 31: "utf-8"}
-
-
-def test_bad_pairs_are_named_by_read(damaged):
-    dataset = load_pairs(damaged)
-    for index in range(40):
-        if index in BAD:
-            with pytest.raises(BadPairError, match=BAD[index]) as error:
-                dataset.read(index)
-            assert "damaged.tar" in str(error.value)
-        else:
-            assert dataset.read(index)["captions"] == [f"caption {index}"]
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pairs_are_replaced_and_counted(damaged, caplog, num_workers):
+def test_bad_pairs_are_named_replaced_and_counted(damaged, caplog, num_workers):
+    dataset = load_pairs(damaged)
+    for index, problem in BAD.items():
+        with pytest.raises(BadPairError, match=rf"damaged\.tar.*(?i:{problem})"):
+            dataset.read(index)
+
     def one_pass():
         dataset = load_pairs(damaged, max_bad_share=0.2)
         loader = DataLoader(dataset, batch_size=8, num_workers=num_workers, collate_fn=lambda items: [
@@ -559,9 +486,7 @@ def test_too_many_bad_pairs_stop_the_run(damaged):
     with pytest.raises(ValueError, match=r"4 of the 40 pairs read so far are bad, .*5\.00%.*utf-8"):
         dataset[39]
     dataset = load_pairs(damaged, max_bad_share=0.1)
-    for _ in range(3):  # epochs
-        assert len(list(dataset)) == 40  # exactly at the limit
-    assert all(dataset[8] for _ in range(9))  # one pair, however often it is read
+    assert len([*dataset, *dataset]) == 80  # exactly at the limit, however often a pair is read
     loader = DataLoader(load_pairs(damaged, max_bad_share=0), batch_size=40, num_workers=1, collate_fn=keys)
     with pytest.raises(ValueError, match=r"0\.00%"):
         list(loader)
@@ -569,42 +494,26 @@ def test_too_many_bad_pairs_stop_the_run(damaged):
 
 # ---- what a row says ----
 
-NO_NAMES = [{"dog": 1}, [["dog"]], ["dog", 3], ["dog", None], "dog", '"dog"', '["dog"']
-NO_PROBABILITIES = [{"dog": 2}, {"dog": Decimal("NaN")}, {"dog": "a"}, ["dog"], [0.5], "dog", '{"dog": 0.5']
-NO_LIST_OF_LABELS = [{}, {"labels": None}, {"labels": ""}, {"labels": [3]}]
+NO_NAMES = [{"dog": 1}, [["dog"]], ["dog", 3], "dog", '["dog"']
+NO_PROBABILITIES = [{"dog": 2}, {"dog": Decimal("NaN")}, {"dog": "a"}, ["dog"], '{"dog": 0.5']
 
 CAPTIONS = [  # a blank caption does not hide the next
-    ({"text": "", "title": "a"}, ["a"]),
     ({"captions": ["", " "], "txt": " ", "title": "a"}, ["a"]),
     ({"captions": " ", "text": "a"}, ["a"]),
-    ({"txt": "", "caption": "", "json": {"caption": "a"}}, ["a"]),
-    ({"caption": None, "json": {"captions": [" "], "caption": "a"}}, ["a"]),
-    ({"captions": "a", "text": "b"}, ["a"]),
-    ({"captions": ("a", "b")}, ["a", "b"]),
-    ({"txt": " ", "json": {"caption": ""}}, []),
+    ({"txt": "", "caption": "", "json": {"captions": [" "], "caption": "a"}}, ["a"]),
+    ({"captions": ("a", "b"), "text": "c"}, ["a", "b"]),
+    ({"txt": " ", "caption": None, "json": {"caption": ""}}, []),
+    *(({"caption": value}, [text]) for value, text in (("1.50", "1.50"), (1984, "1984"), (True, "true"))),
+    ({"captions": [1984, "a dog", None], "caption": "b"}, ["1984", "a dog"]),
+    ({"captions": float("nan")}, []),
 ]
-for column in ("captions", "caption"):  # numbers and booleans of JSON are captions
-    CAPTIONS += [({column: value}, [value]) for value in ("1984", "1.50", "true")]
-    CAPTIONS += [({column: value}, [text]) for value, text in ((1984, "1984"), (True, "true"))]
-    CAPTIONS += [
-        ({column: [1984, "a dog", None]}, ["1984", "a dog"]),
-        ({column: float("nan")}, []),
-        ({column: None}, []),
-    ]
-
 LABELS = [
-    (("dog", "cat"), ["dog", "cat"]),
     (np.array(["dog", "cat"], object), ["dog", "cat"]),
     (["dog, cat", "bus,"], ["dog", "cat", "bus"]),
     (' ["dog", "cat "]', ["dog", "cat"]),
-    ("[]", []),
-    *((numbers, []) for numbers in ([3, 4], 3, "[3]", np.array([3]), float("nan"), None, "")),  # ids
+    *((numbers, []) for numbers in ([3, 4], 3, "[3]", np.array([3]), float("nan"), "")),  # ids
 ]
-COMPLETE = [
-    ("COCO2017", class_names.COCO_THINGS),
-    (["COCO2017"], class_names.COCO_THINGS),
-    ('["voc2012", "sky"]', (*class_names.VOC, "sky")),
-]
+COMPLETE = [("COCO2017", class_names.COCO_THINGS), ('["voc2012", "sky"]', (*class_names.VOC, "sky"))]
 
 
 @pytest.mark.parametrize(
@@ -613,6 +522,7 @@ COMPLETE = [
         *((row, (captions, [], [], {})) for row, captions in CAPTIONS),
         *(({"captions": "a", "labels": of, "complete": of}, (["a"], names, names, {})) for of, names in LABELS),
         *(({"captions": "a", "labels": [], "complete": of}, (["a"], [], [*names], {})) for of, names in COMPLETE),
+        ({"class_probabilities": {"pug": Decimal("0.75")}}, ([], [], [], {"pug": 0.75})),
     ],
 )
 def test_texts_of_a_row(row, expected):
@@ -625,7 +535,7 @@ def test_texts_of_a_row(row, expected):
     [
         *((column, {"labels": [], column: value}) for column in ("labels", "complete") for value in NO_NAMES),
         *(("class_probabilities", {"class_probabilities": value}) for value in NO_PROBABILITIES),
-        *(("labels", {"complete": ["dog"], **labels}) for labels in NO_LIST_OF_LABELS),
+        *(("labels", {"complete": ["dog"], **labels}) for labels in ({}, {"labels": ""}, {"labels": [3]})),
     ],
 )
 def test_labels_of_another_kind_are_refused(column, row, tiny_processor):
@@ -659,13 +569,6 @@ def test_labels_in_every_format(tmp_path, form):
         assert found == {f"k0{row}": expected[row] for row in range(3)}
 
 
-def test_probabilities_in_a_decimal_column_are_floats(tmp_path):
-    write_images(tmp_path, ["a.jpg"])
-    row = {"image": "a.jpg", "caption": "a", "class_probabilities": {"pug": Decimal("0.75")}}
-    (probability,) = load_pairs(write_rows(tmp_path, "parquet", [row])).raw(0).texts.class_probabilities.values()
-    assert probability == 0.75 and isinstance(probability, float)
-
-
 def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
     labels = [["dog", "Traffic_Light", "sportsball"], ["sportsball", "kite"], ["dogs", "new_thing"]]
     complete = ["traffic light", "sports ball", "new thing"]
@@ -689,7 +592,7 @@ def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    {"TVmonitor": "tv", "sofa": "couch", "motorbike": "motorcycle", "diningtable": "dining table"}.items(),
+    {"TVmonitor": "tv", "sofa": "couch"}.items(),
 )
 def test_a_class_has_the_names_of_other_data_sets(name, known):
     """VOC's are not those of COCO: an image with a sofa would train that it shows no couch."""
@@ -701,71 +604,28 @@ def test_a_class_has_the_names_of_other_data_sets(name, known):
     assert nouns.unknown_labels(texts._replace(complete=["dog"])) == {name} - {*nouns.nouns}
 
 
-def test_images_are_compared_once(tmp_path, recorded):
-    """Of a shard and of a table, for a split, for the retrieval of its parts and for their features."""
-    write_members(tmp_path / "a.tar", range(9), jpg=jpeg, txt=lambda i: "a" if i != 3 else "")
-    names = [f"{number}.jpg" for number in range(20)]
-    for number, name in enumerate(names):
-        (tmp_path / name).write_bytes(jpeg(10 + number))
-    compared = recorded(PairDataset, "_image_digest", lambda self, index: index)
-    parts = load_pairs([tmp_path / "a.tar", write_table(tmp_path / "b.csv", names)]).split(0.2)
-    found = [part.image_digests() for part in parts]
-    assert sorted(compared) == [*range(29)]
-    assert [len({*part}) for part in found] == [23, 6] and {*found[0]}.isdisjoint(found[1])
-    for part, digests in zip(parts, found):
-        assert digests == [hashlib.sha256(bytes_of(part, row)).digest() for row in range(len(part))]
-
-
 def test_images_of_large_data_are_read_once(tmp_path, cache, monkeypatch, recorded):
     """And known by their content as those of small data, so that the feature cache has them after a move too."""
-    rows = [{"image": {"bytes": jpeg(i), "path": None}, "caption": str(i)} for i in range(4)]
-    saved = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    saved.save_to_disk(tmp_path / "data" / "saved", num_shards=2)
     write_images(tmp_path / "data", [f"{number}.jpg" for number in range(3)])
-    (tmp_path / "data" / "copy.jpg").write_bytes((tmp_path / "data" / "0.jpg").read_bytes())
-    (tmp_path / "data" / "b.csv").write_text("image,caption\n0.jpg,a\ncopy.jpg,b\n1.jpg,c\n./2.jpg,d\nabsent.jpg,e")
-    write_shards(tmp_path / "data" / "shards", 6, 2)
+    (tmp_path / "data" / "copy.jpg").write_bytes(jpeg(0))
+    write_table(tmp_path / "data" / "b.csv", ["0.jpg", "copy.jpg", "1.jpg", "./2.jpg", "absent.jpg"])
+    write_shards(tmp_path / "data" / "shards", 3, 1)
 
     def digests(folder="data"):
-        sources = [tmp_path / folder / name for name in ("b.csv", "shards/00000.tar", "shards/00001.tar", "saved")]
-        return load_pairs(sources).image_digests()
+        return load_pairs([tmp_path / folder / name for name in ("b.csv", "shards/00000.tar")]).image_digests()
 
     expected = digests()
-    assert not (cache / "digests").exists() and len({*expected}) == 7
+    assert not (cache / "digests").exists() and len({*expected}) == 4
     compared = recorded(PairDataset, "_image_digest", lambda self, pair: pair)
     monkeypatch.setattr(pairs_module, "LARGE", 0)
-    assert digests() == expected and [*compared] == [*range(15)]
-    assert digests() == expected and len(compared) == 15
-    os.utime(tmp_path / "data" / "1.jpg", (1, 1))
-    os.utime(max((tmp_path / "data" / "saved").glob("*.arrow")), (1, 1))
-    compared.clear()
-    assert digests() == expected and [*compared] == [*range(5), *range(11, 15)]
+    for _ in range(2):
+        assert digests() == expected and [*compared] == [*range(8)]
     (tmp_path / "data" / "1.jpg").write_bytes(b"another")
-    assert [one == other for one, other in zip(digests(), expected)] == [row != 2 for row in range(15)]
+    assert [one == other for one, other in zip(digests(), expected)] == [row != 2 for row in range(8)]
+    assert [*compared] == [*range(8), *range(5)]
     (tmp_path / "data" / "1.jpg").write_bytes(jpeg(1))
     (tmp_path / "data").rename(tmp_path / "moved")
-    assert digests("moved")[:4] + digests("moved")[5:] == expected[:4] + expected[5:]
-
-
-def test_data_are_large_by_the_size_of_all_sources_together(tmp_path, monkeypatch):
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text('{"image": "1.jpg", "caption": "a"}')
-    monkeypatch.setattr(pairs_module, "LARGE", (tmp_path / "a.jsonl").stat().st_size + 10)
-    found = []
-    for content in (b"0123456789", b"9876543210"):
-        (tmp_path / "1.jpg").write_bytes(content)
-        os.utime(tmp_path / "1.jpg", (1, 1))
-        opened = [load_pairs([tmp_path / f"{name}.jsonl" for name in names]) for names in ("a", "ab")]
-        found.append([one.image_digests() for one in opened])
-    assert [before != after for before, after in zip(*found)] == [True, False]
-
-
-def test_images_that_cannot_be_read_have_digests_of_their_own(tmp_path):
-    write_images(tmp_path, ["0.png"])
-    rows = [{"image": name, "caption": "a dog"} for name in ("0.png", "absent.png", "\0.png", "")]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    digests = load_pairs(tmp_path / "a.jsonl").image_digests()
-    assert digests[0] == hashlib.sha256(jpeg(0)).digest() and len({*digests}) == 4
+    assert [one == other for one, other in zip(digests("moved"), expected)] == [row != 4 for row in range(8)]
 
 
 def bytes_of(pairs: PairDataset, row: int) -> bytes:
@@ -788,7 +648,7 @@ def test_a_source_named_twice_counts_twice(tmp_path, recorded):
     assert {*training}.isdisjoint(held_out) and len({*held_out}) == len(held_out)  # held-out pairs count once
 
 
-@pytest.mark.parametrize("empty", [(0,), (1,), (2,), (0, 1, 3)])
+@pytest.mark.parametrize("empty", [(1,), (0, 1, 3)])
 def test_an_empty_shard_shifts_no_pair(tmp_path, empty):
     numbers = [number for number in range(4) if number not in empty]
     for number in range(4):
@@ -810,7 +670,7 @@ def stream(folder, **options):
 
 @pytest.mark.parametrize(
     ("shards", "world_size", "num_workers"),
-    [(1, 1, 2), (1, 2, 0), (1, 3, 2), (6, 1, 0), (6, 2, 2), (6, 3, 0)],
+    [(1, 1, 2), (1, 3, 2), (6, 1, 0), (6, 2, 2)],
 )
 def test_stream_is_split_without_loss_or_repetition(tmp_path, shards, world_size, num_workers):
     folder = write_shards(tmp_path, 24, shards)
@@ -869,28 +729,15 @@ def test_stream_leaves_bad_pairs_out(tmp_path, caplog):
     assert caplog.text.count("Bad pair, number") == 2 and "k08" in caplog.text and "no caption" in caplog.text
 
 
-OWN = "hf://datasets/org/name@1a2b"
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/secret.jpg",
-        f"{OWN}/a.jpg::file:///secret.jpg",
-        f"simplecache::{OWN}/a.jpg",
-        f"{OWN}/../../../other/name/a.jpg",
-    ],
-)
-def test_a_stream_opens_only_files_of_its_data_set(monkeypatch, path):
-    opened = []
+def test_a_stream_opens_only_files_of_its_data_set(monkeypatch):
+    opened, data = [], "hf://datasets/org/name@1a2b"
     monkeypatch.setattr(fsspec, "open", lambda path, mode: opened.append(path) or io.BytesIO(jpeg(1)))
-    for hub_id in ("org/name", None):
+    for path in ("/secret.jpg", f"{data}/a.jpg::file:///secret.jpg", f"{data}/../../../other/name/a.jpg"):
         with pytest.raises(ValueError, match="names no file of the data set itself"):
-            _image_bytes({"bytes": None, "path": path}, hub_id)
+            _image_bytes({"bytes": None, "path": path}, "org/name")
     assert not opened
-    own = [f"{OWN}/train/a b.jpg", f"zip://train/a.jpg::{OWN}/train.zip"]
+    own = [f"{data}/train/a b.jpg", f"zip://train/a.jpg::{data}/train.zip"]
     assert [_image_bytes({"bytes": None, "path": path}, "org/name") for path in own] == [jpeg(1)] * 2 and opened == own
-    assert _image_bytes({"bytes": b"x", "path": path}, "org/name") == b"x"
 
 
 def saved_rows(rows, monkeypatch, streaming=False, **kinds):
@@ -930,7 +777,7 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("column", ["title", "labels", "json"])
+@pytest.mark.parametrize("column", ["title", "json"])
 def test_no_file_or_url_in_a_column_of_texts_is_opened(monkeypatch, column, streaming):
     kind, value = datasets.Image(), {"bytes": None, "path": "missing.png"}  # an error if it is opened
     if column == "json":
@@ -942,16 +789,13 @@ def test_no_file_or_url_in_a_column_of_texts_is_opened(monkeypatch, column, stre
     assert pair["captions"] == ["a dog"]
 
 
-@pytest.mark.parametrize("with_text", [True, False])
-def test_stream_bears_json_whose_types_change(tmp_path, with_text):
+def test_stream_bears_json_whose_types_change(tmp_path):
     def info(i):  # datasets guesses the types from the first five
         late = {"width": "wide", "error": "late", "exif": {"a": i}} if i > 9 else {"width": 640, "error": None}
         return json.dumps({"caption": f"caption {i}", **late})
 
-    text = {"txt": lambda i: f"text {i}"} if with_text else {}
-    write_members(tmp_path / "0.tar", range(20), jpg=jpeg, json=info, **text)
-    kind = "text" if with_text else "caption"
-    assert sorted(item["caption"] for item in stream(tmp_path)) == sorted(f"{kind} {i}" for i in range(20))
+    write_members(tmp_path / "0.tar", range(20), jpg=jpeg, json=info)
+    assert sorted(item["caption"] for item in stream(tmp_path)) == sorted(f"caption {i}" for i in range(20))
 
 
 def test_hub_ids_are_streamed(tmp_path, monkeypatch):

@@ -1,8 +1,6 @@
 import base64
-import importlib.util
 import io
 import re
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from conftest import iclip, noise, opened, tiny_model
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from iclip_hf import ICLIPModel, example_image, explain, load
+from iclip_hf import ICLIPModel, explain, load
 from iclip_hf.backends import explainable
 from iclip_hf.demo import app, questions
 from iclip_hf.explainers import make_explainer
@@ -79,24 +77,12 @@ def client(server, tmp_path_factory):
     return gradio_client.Client(server, verbose=False, download_files=folder, httpx_kwargs=PATIENT)
 
 
-@pytest.mark.parametrize(
-    ("typed", "texts"),
-    [
-        ("dog, red ball ,,dog", ["dog", "red ball"]),
-        ("a dog, asleep\n\nred ball\n", ["a dog, asleep", "red ball"]),
-        ("a" * 1000, ["a" * 1000]),
-    ],
-)
-def test_texts_are_typed_between_commas_or_one_a_line(typed, texts):
-    assert questions.asked_texts(typed) == texts
-
-
-@pytest.mark.parametrize(
-    "typed", [" , ", ",".join(map(str, range(13))), "dog\n" + "a" * 1001], ids=["none", "many", "long"]
-)
-def test_too_few_too_many_and_too_long_texts(typed):
-    with pytest.raises(ValueError, match="1 to 12 texts|at most 1000 characters"):
-        questions.asked_texts(typed)
+def test_texts_are_typed_between_commas_or_one_a_line():
+    assert questions.asked_texts("dog, red ball ,,dog") == ["dog", "red ball"]
+    assert questions.asked_texts("a dog, asleep\n\nred ball\n") == ["a dog, asleep", "red ball"]
+    for typed in (" , ", ",".join(map(str, range(13))), "dog\n" + "a" * 1001):
+        with pytest.raises(ValueError, match="1 to 12 texts|at most 1000 characters"):
+            questions.asked_texts(typed)
 
 
 def test_the_maps_are_those_of_explain_at_the_size_of_the_view(tiny_processor, explained):
@@ -161,14 +147,12 @@ def test_maps_are_refined_or_at_two_scales_on_request(client, folder, world):
     [
         ("notes.png", ["dog", "itsm"], "notes.png: expected a readable image"),
         ("small.png", ["dog", "magic"], "There is no method"),
-        ("small.png", ["dog", "itsm", "no"], "is True or False, not 'no'"),  # a text, which would count as yes
-        ("small.png", ["dog", "itsm", True, "no"], "is True or False, not 'no'"),
     ],
 )
 def test_bad_input_is_answered_with_a_sentence(client, folder, name, question, sentence):
     with pytest.raises(AppError, match=sentence) as error:
         client.predict(gradio_client.handle_file(folder / name), *question, api_name="/explain")
-    assert str(folder) not in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert str(folder) not in str(error.value)
 
 
 def test_a_method_that_cannot_be_loaded_tells_no_place_of_the_machine(client, folder, monkeypatch):
@@ -181,57 +165,33 @@ def test_a_method_that_cannot_be_loaded_tells_no_place_of_the_machine(client, fo
     assert str(folder) not in str(error.value)
 
 
-META = {"meta": {"_type": "gradio.FileData"}}
-
-
-def ask(server, photo, texts="dog", method="itsm", refine=False, **more):
-    """Asks the server; a photo is a path or a payload of any form."""
-    photo = {"path": photo, "orig_name": "photo.png", **META} if isinstance(photo, str) else photo
-    content = {"data": [photo, texts, method, refine, False], **more}
-    return httpx.post(f"{server}gradio_api/call/explain", json=content, timeout=60)
-
-
-def answer(asked):
-    """The two lines that the server answers."""
-    assert asked.status_code == 200
-    return httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60).text.splitlines()[:2]
+def ask(server, photo, texts="dog", method="itsm"):
+    """Asks the server about a file by its path, and returns the event that it answers."""
+    photo = {"path": photo, "orig_name": "photo.png", "meta": {"_type": "gradio.FileData"}}
+    content = {"data": [photo, texts, method, False, False]}
+    asked = httpx.post(f"{server}gradio_api/call/explain", json=content, timeout=60)
+    answer = httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60)
+    return answer.text.splitlines()[0].removeprefix("event: ")
 
 
 def upload(server, content):
     return httpx.post(f"{server}gradio_api/upload", files={"files": ("photo.png", content)})
 
 
-@pytest.mark.parametrize("extra", [{}, META], ids=["bare", "meta"])
-def test_no_file_that_was_not_uploaded_is_opened(server, folder, monkeypatch, extra):
-    opened = []
-    monkeypatch.setattr(app, "read_photo", opened.append)
+def test_no_file_that_was_not_uploaded_is_opened(server, folder, recorded):
+    opened = recorded(app, "read_photo")
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
-    link = Path(own).with_name("link.png")
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder / "small.png")
-    paths = [str(folder / "small.png"), str(folder), "", "small.png", str(link), f"{Path(own).parent}/../../small.png"]
-    for path in [*paths, Path(own).as_uri(), f"/gradio_api/file={own}"]:
-        assert answer(ask(server, {"path": path, "orig_name": "photo.png", **extra}))[0] == "event: error", path
-    for photo in (None, [own], {}, {"path": None, "url": paths[0], **extra}, {"path": [own], **extra}):
-        assert answer(ask(server, photo))[0] == "event: error", photo
+    for path in (str(folder / "small.png"), "small.png", f"{Path(own).parent}/../../small.png"):
+        assert ask(server, path) == "error"
     assert opened == []
+    assert ask(server, own) == "complete"
 
 
-def test_what_else_an_upload_is_said_to_be_is_ignored_and_examples_are_open(server, folder):
-    shown = httpx.get(f"{server}gradio_api/info").json()["named_endpoints"]["/explain"]["parameters"][0]
-    own = upload(server, (folder / "small.png").read_bytes()).json()[0]
-    said = {"url": "http://127.0.0.1:9/a.png", "inner": {"path": "/etc/passwd"}, "orig_name": "/etc/passwd"}
-    for photo in ({"path": own, **said}, {"path": shown["parameter_default"]["path"]}):
-        assert answer(ask(server, photo))[0] == "event: complete"
-
-
-def test_large_uploads_and_questions_about_the_server_are_refused(server):
+def test_large_uploads_are_refused(server):
     assert upload(server, bytes(21_000_000)).status_code == 413
-    assert httpx.get(f"{server}monitoring/summary").status_code == 403
-    assert httpx.get(f"{server}gradio_api/run-history/buckets").status_code == 404
 
 
-@pytest.mark.parametrize("path", ["", "config", "gradio_api/info", "gradio_api/openapi.json"])
+@pytest.mark.parametrize("path", ["", "gradio_api/info"])
 def test_the_app_tells_nothing_of_the_disk(server, world, path):
     answer = httpx.get(f"{server}{path}").raise_for_status().text
     for place in (*(example.file.parent for example in viewer.examples()), Path(app.__file__).parent, world.folder):
@@ -240,10 +200,10 @@ def test_the_app_tells_nothing_of_the_disk(server, world, path):
 
 def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, recorded):
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
-    assert answer(ask(server, photo, "dog", "gem"))[0] == "event: complete"
+    assert ask(server, photo, "dog", "gem") == "complete"
     encoded = recorded(ICLIPModel, "encode_text", lambda model, input_ids, *_, **options: len(input_ids))
     copied = recorded(explainable, "private_copy")
-    assert answer(ask(server, photo, "sky, red ball", "gem"))[0] == "event: complete"
+    assert ask(server, photo, "sky, red ball", "gem") == "complete"
     assert encoded == [2] and copied == []
 
 
@@ -262,18 +222,7 @@ def test_the_image_of_another_question_is_not_encoded_again(client, folder, reco
 def test_the_command_prints_the_address_alone(world, monkeypatch, capsys):
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda demo: demo.close(verbose=False))
     assert iclip("demo", "--model", world.folder / "model") == 0
-    printed = capsys.readouterr()
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\n", printed.out)
-    assert f"loading Gradio and {world.folder / 'model'}" in printed.err  # a minute before
-
-
-def test_without_scikit_image_the_photograph_of_the_package_is_left(monkeypatch, folder):
-    """A file of the user's is not published, even if it has the name of one of scikit-image."""
-    shutil.copy(folder / "small.png", folder / "coffee.png")
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (example,) = viewer.examples()
-    assert example.file.samefile(example_image())
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\n", capsys.readouterr().out)
 
 
 def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
@@ -298,8 +247,6 @@ def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):
     assert first == questions.asked_texts(viewer.examples()[0].texts)
     assert all(url.startswith((server, "data:", "blob:")) for url in page.requested)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
-    boxes = page.locator(".controls .check input")  # Gradio's style would hide which one is chosen
-    assert set(boxes.evaluate_all("all => all.map((box) => getComputedStyle(box).appearance)")) == {"auto"}
 
     # Upload and type: the maps are those of the new image and texts.
     page.locator("input[type=file]").first.set_input_files(folder / "small.png")
@@ -315,37 +262,20 @@ def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):
     maps = np.load(download.value.path())["maps"]
     assert download.value.suggested_filename == "explanation.npz" and maps.shape == (2, 40, 60)
 
-    # Opacity and outline ask nothing of the server.
-    asked, pictures = len(page.requested), []
-    for opacity, threshold in [("0.5", "1"), ("0", "1"), ("0", "0.5")]:
-        page.locator("input[name=opacity]").fill(opacity)
+    # Of the first panel of the saved picture: the photograph alone, and outlined at 0.5.
+    pictures = []
+    for threshold in ("1", "0.5"):
+        page.locator("input[name=opacity]").fill("0")
         page.locator("input[name=threshold]").fill(threshold)
         with page.expect_download() as download:
             page.get_by_text("Save picture").click()
-        pictures.append(np.asarray(Image.open(download.value.path()).convert("RGB"), dtype=float))
-    assert [url for url in page.requested[asked:] if not url.startswith("blob:")] == []
-
-    # Of the first panel of the saved picture: the photograph alone, overlaid by half, and outlined at 0.5.
-    overlaid, plain, outlined = (picture[40:80, 12:72] for picture in pictures)
+        pictures.append(np.asarray(Image.open(download.value.path()).convert("RGB"), dtype=float)[40:80, 12:72])
+    plain, outlined = pictures
     assert abs(plain - np.asarray(Image.open(folder / "small.png"))).mean() < 12  # a JPEG of noise
-    assert abs(overlaid - plain).mean() > 20
-    drawn = (outlined != plain).any(-1)
-    inside = maps[0] > 0.5
-    edge = np.zeros_like(inside)
-    edge[:-1] |= inside[:-1] != inside[1:]
-    edge[1:] |= inside[1:] != inside[:-1]
-    edge[:, :-1] |= inside[:, :-1] != inside[:, 1:]
-    edge[:, 1:] |= inside[:, 1:] != inside[:, :-1]
-    assert (drawn == edge).mean() > 0.97
-
-
-def test_a_bad_upload_is_answered_in_the_page(page, folder):
-    shown = page.locator("figure").count()
-    page.locator("input[type=file]").first.set_input_files(folder / "notes.png")
-    toast = page.locator(".toast-message-text")
-    toast.first.wait_for()
-    assert toast.all_inner_texts()[0].startswith("notes.png: expected a readable image, but")
-    assert page.locator("figure").count() == shown > 0
+    inside = np.pad(maps[0] > 0.5, 1, mode="edge")
+    beside = (inside[:-2, 1:-1], inside[2:, 1:-1], inside[1:-1, :-2], inside[1:-1, 2:])
+    edge = np.any([inside[1:-1, 1:-1] != other for other in beside], axis=0)
+    assert ((outlined != plain).any(-1) == edge).mean() > 0.97
 
 
 def test_a_large_image_is_reduced(tmp_path):

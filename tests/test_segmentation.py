@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import zlib
 
 import numpy as np
@@ -17,7 +16,7 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from iclip_hf.data import SegmentationDataset, load_segmentation, segmentation
-from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, VOC
+from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, VOC
 from iclip_hf.data.layouts import DATASETS
 from iclip_hf.data.mask_formats.coco_instances import Instance, InstancesSample
 from iclip_hf.evaluation.metrics.metric import EvaluatedImage
@@ -32,11 +31,10 @@ def write_image(path, height, width):
     Image.new("RGB", (width, height), "gray").save(path)
 
 
-def write_index_mask(path, values, palette=True):
+def write_index_mask(path, values):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.array(values, np.uint8))
-    if palette:
-        image.putpalette(bytes(range(256)) * 3)
+    image.putpalette(bytes(range(256)) * 3)
     image.save(path)
 
 
@@ -82,42 +80,32 @@ def box(top, left, bottom, right, height=6, width=8):
 CAT, DOG, CROWD = box(0, 0, 3, 3), box(2, 2, 6, 8), box(0, 2, 2, 8)
 
 
-def write_coco(root, annotations, images=None, split="val2017"):
-    images = images or [{"id": 7, "file_name": "000000000007.jpg", "height": 6, "width": 8}]
-    content = {
-        # as in COCO, ids have gaps; and the order in the file does not matter
-        "categories": [
-            {"id": 90, "name": "dog", "supercategory": "animal"},
-            {"id": 1, "name": "person", "supercategory": "person"},
-            {"id": 17, "name": "cat", "supercategory": "animal"},
-        ],
-        "images": images,
-        "annotations": [
-            {"id": number, "image_id": 7, "iscrowd": 0, **annotation} for number, annotation in enumerate(annotations)
-        ],
-    }
+IMAGE = {"id": 7, "file_name": "000000000007.jpg", "height": 6, "width": 8}
+# As in COCO, ids have gaps, and the order in the file does not matter.
+CATEGORIES = [(90, "dog", "animal"), (1, "person", "person"), (17, "cat", "animal")]
+
+
+def write_coco(root, annotations, images=(IMAGE,)):
+    categories = [dict(zip(("id", "name", "supercategory"), category)) for category in CATEGORIES]
+    annotations = [{"id": number, "image_id": 7, "iscrowd": 0, **one} for number, one in enumerate(annotations)]
+    content = {"categories": categories, "images": images, "annotations": annotations}
     (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     for image in images:
-        write_image(root / split / image["file_name"], image["height"], image["width"])
+        write_image(root / "val2017" / image["file_name"], image["height"], image["width"])
     return root
 
 
 @pytest.fixture
 def coco(tmp_path):
-    return write_coco(
-        tmp_path,
-        [
-            {"category_id": 17, "segmentation": plain_runs(CAT)},
-            {"category_id": 90, "segmentation": [[2, 2, 8, 2, 8, 6, 2, 6]]},
-            {"category_id": 90, "segmentation": compressed_runs(box(0, 7, 2, 8))},
-            {"category_id": 1, "segmentation": plain_runs(CROWD), "iscrowd": 1},
-        ],
-        [
-            {"id": 7, "file_name": "000000000007.jpg", "height": 6, "width": 8},
-            {"id": 3, "file_name": "000000000003.jpg", "height": 4, "width": 5},  # without things
-        ],
-    )
+    annotations = [
+        {"category_id": 17, "segmentation": plain_runs(CAT)},
+        {"category_id": 90, "segmentation": [[2, 2, 8, 2, 8, 6, 2, 6]]},
+        {"category_id": 90, "segmentation": compressed_runs(box(0, 7, 2, 8))},
+        {"category_id": 1, "segmentation": plain_runs(CROWD), "iscrowd": 1},
+    ]
+    without_things = {"id": 3, "file_name": "000000000003.jpg", "height": 4, "width": 5}
+    return write_coco(tmp_path, annotations, [IMAGE, without_things])
 
 
 @pytest.fixture
@@ -127,7 +115,7 @@ def folder(tmp_path):
     write_image(tmp_path / "images" / "a.PNG", 1, 2)
     (tmp_path / "images" / "notes.txt").write_text("no image")
     write_index_mask(tmp_path / "masks" / "b.png", [[0, 1, 1], [2, 0, 255]])
-    write_index_mask(tmp_path / "masks" / "a.png", [[0, 0]], palette=False)
+    write_index_mask(tmp_path / "masks" / "a.png", [[0, 0]])
     return tmp_path
 
 
@@ -146,13 +134,7 @@ def test_voc(voc):
     assert sample.image.mode == "RGB" and sample.image.size == (3, 2)
     assert sample.mask(1).tolist() == [[0, 1, 1], [0, 0, 255]] and sample.mask(1).dtype == np.uint8
     assert sample.mask(20).tolist() == [[0, 0, 0], [20, 20, 255]]
-    assert sample.mask(5).tolist() == [[0, 0, 0], [0, 0, 255]]  # absent
-    assert len(load_segmentation("voc2012", voc, "train")) == 1
-
-
-@pytest.mark.parametrize("inside", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
-def test_voc_root_may_be_any_of_its_folders(voc, inside):
-    assert len(load_segmentation("voc2012", voc / inside)) == 2
+    assert len(load_segmentation("voc2012", voc / "VOCdevkit/VOC2012", "train")) == 1  # the root may be any folder
 
 
 def test_coco(coco):
@@ -171,7 +153,7 @@ def test_coco(coco):
         assert sample.mask(label).flags.c_contiguous
 
 
-@pytest.mark.parametrize("subfolder", ["val2017", "trip", "val2017/trip"])
+@pytest.mark.parametrize("subfolder", ["trip", "val2017/trip"])
 def test_coco_files_of_other_programs(tmp_path, subfolder):
     """They name images in subfolders, or with the folder of the split, and do not say that nothing is a crowd."""
     write_coco(tmp_path, [{"category_id": 17, "segmentation": plain_runs(CAT)}])
@@ -185,12 +167,6 @@ def test_coco_files_of_other_programs(tmp_path, subfolder):
     (sample,) = load_segmentation("coco2017", tmp_path)
     assert sample.name == "1" and sample.image_path == image and sample.image.size == (8, 6)
     np.testing.assert_array_equal(sample.mask(2), 2 * CAT)
-
-
-def test_boxes_among_masks_have_no_pixels(tmp_path):
-    annotations = [{"category_id": 1, "segmentation": mask} for mask in (plain_runs(DOG), [])] + [{"category_id": 1}]
-    (sample,) = load_segmentation("coco2017", write_coco(tmp_path, annotations))
-    assert sample.class_ids == (1,) and ((sample.mask(1) > 0) == (DOG > 0)).all()
 
 
 # Instances of one image: label, whether it is a crowd, whether its run lengths are compressed, and its mask
@@ -229,7 +205,7 @@ def test_a_split_without_a_file_names_the_others(tmp_path):
         load_segmentation("coco2017", tmp_path, "train2017")
 
 
-@pytest.mark.parametrize(("count", "dtype"), [(254, np.uint8), (255, np.uint16), (300, np.uint16)])
+@pytest.mark.parametrize(("count", "dtype"), [(254, np.uint8), (255, np.uint16)])
 def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path, count, dtype):
     void = np.iinfo(dtype).max
     instances = ((count, DOG, 0), (1, CAT, 0), (2, CROWD, 1))
@@ -261,7 +237,7 @@ def test_masks_whose_ids_begin_at_0_are_remarked(tmp_path, caplog):
         caplog.clear()
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 8])
 def test_class_ids_of_a_grayscale_mask_are_its_stored_values(tmp_path, bits):
     ids = np.arange(2 * 8).reshape(2, 8) % min(2**bits, 9)  # rows of a whole number of bytes
     rows = (ids[..., None] >> np.arange(bits)[::-1] & 1).reshape(2, -1)
@@ -288,41 +264,32 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
     dataset = load_segmentation(name, root)
     sample = dataset[-1]
     assert not sample.__dict__.keys() & {"image", "label_map"}  # nothing is decoded yet
-    assert sample.image is sample.image  # once
-    assert dataset[-1] is not sample and "image" not in dataset[-1].__dict__  # and freed with the sample
-    assert pickle.loads(pickle.dumps(dataset)).fingerprint() == dataset.fingerprint()
+    assert sample.image is sample.image and "image" not in dataset[-1].__dict__  # once, and freed with the sample
     loaded = list(DataLoader(dataset, batch_size=None, num_workers=2))
     for one, other in zip(loaded, dataset, strict=True):
         assert (one.name, one.class_ids, one.size) == (other.name, other.class_ids, other.size)
-        assert one.image.size == one.size[::-1]
         for label in one.class_ids:
             np.testing.assert_array_equal(one.mask(label), other.mask(label))
     part = dataset[1:]
-    assert [one.name for one in part] == [one.name for one in dataset][1:] and part.class_ids == dataset.class_ids
-    assert part.fingerprint() != dataset.fingerprint()
-    with pytest.raises(IndexError):
-        dataset[len(dataset)]
+    assert [one.name for one in part] == [one.name for one in dataset][1:]
+    assert pickle.loads(pickle.dumps(dataset)).fingerprint() == dataset.fingerprint() != part.fingerprint()
 
 
 def test_fingerprint_is_of_the_content_of_images_and_masks(voc, monkeypatch):
     """Not of their names and sizes alone, except of a large data set."""
     dataset = load_segmentation("voc2012", voc)
-    image, before = dataset[1].image_path, dataset.fingerprint()
-    content, stat = image.read_bytes(), image.stat()
-    assert re.fullmatch("[0-9a-f]{16}", before) and load_segmentation("voc2012", voc, "train").fingerprint() != before
-
-    def changed(large: int) -> bool:
-        with monkeypatch.context() as patch:
-            patch.setattr(segmentation, "LARGE", large)
-            image.write_bytes(content)
-            os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            fingerprint = dataset.fingerprint()
-            image.write_bytes(content[:-9] + bytes(9))
-            os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            return dataset.fingerprint() != fingerprint
-
-    assert changed(segmentation.LARGE) and not changed(0)
-    image.write_bytes(content)
+    path, before = dataset[1].image_path, dataset.fingerprint()
+    content = path.read_bytes()
+    for large, changes in ((segmentation.LARGE, True), (0, False)):
+        monkeypatch.setattr(segmentation, "LARGE", large)
+        found = []
+        for written in (content, content[:-9] + bytes(9)):
+            path.write_bytes(written)
+            os.utime(path, (1, 1))
+            found.append(dataset.fingerprint())
+        assert (found[0] != found[1]) == changes and (found[0] == before) == changes
+    monkeypatch.undo()
+    path.write_bytes(content)
     assert dataset.fingerprint() == before
     write_index_mask(dataset[1].mask_path, [[0, 1, 1], [20, 255, 20]])
     assert dataset.fingerprint() != before
@@ -331,11 +298,8 @@ def test_fingerprint_is_of_the_content_of_images_and_masks(voc, monkeypatch):
 def test_an_image_that_a_list_names_twice_counts_once(voc):
     """As lists that were joined do."""
     path = voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
-    once = load_segmentation("voc2012", voc)
     path.write_bytes(b"2007_000002\r\n2007_000001\r\n2007_000002 \r\n")
-    twice = load_segmentation("voc2012", voc)
-    assert [sample.name for sample in twice] == [sample.name for sample in once]
-    assert twice.fingerprint() == once.fingerprint()
+    assert [sample.name for sample in load_segmentation("voc2012", voc)] == ["2007_000002", "2007_000001"]
 
 
 # ---- the benchmarks of semantic segmentation ----
@@ -348,25 +312,23 @@ LAYOUTS = {
     "context59": ("VOCdevkit/VOC2010/SegmentationClassContext/{}.png", [[0, 1, 59, 255]], "val", [[255, 1, 59, 255]]),
     # Category ids are one more than the values: 1 person, 13 stop sign, 90 toothbrush, 92 banner, 182 wood.
     "coco_object": ("stuffthingmaps/val2017/{}.png", [[0, 12, 89, 91, 255]], "val2017", [[1, 12, 80, 0, 0]]),
-    "coco_stuff": (
-        "stuffthingmaps/val2017/{}.png",
-        [[0, 12, 89, 91, 181, 255]],
-        "val2017",
-        [[1, 12, 80, 81, 171, 255]],
-    ),
+    "coco_stuff": ("stuffthingmaps/val2017/{}.png", [[0, 12, 89, 91, 181]], "val2017", [[1, 12, 80, 81, 171]]),
     "ade20k": ("ADEChallengeData2016/annotations/validation/{}.png", [[0, 1, 150]], "validation", [[255, 1, 150]]),
     # Label ids: 7 road, 26 car, 33 bicycle; 4 static and 29 caravan are not evaluated.
     "cityscapes": ("gtFine/val/bonn/{}_gtFine_labelIds.png", [[7, 26, 33, 4, 29]], "val", [[1, 14, 19, 255, 255]]),
     "camvid": ("masks/{}.png", [[0, 3, 10, 11]], None, [[1, 4, 11, 255]]),
 }
-IMAGES = {
-    "SegmentationClass": "JPEGImages",
-    "Context": "",
-    "stuffthingmaps/": "",
-    "annotations": "images",
-    "masks": "images",
-    "gtFine/": "leftImg8bit/",
-    "_gtFine_labelIds.png": "_leftImg8bit.png",
+IMAGES = {"SegmentationClass": "JPEGImages", "Context": "", "stuffthingmaps/": "", "annotations": "images"}
+IMAGES |= {"masks": "images", "gtFine/": "leftImg8bit/", "_gtFine_labelIds.png": "_leftImg8bit.png"}
+# Some classes of each data set by their ids.
+KNOWN = {
+    "voc2": (VOC, 20, {11: "dining table", 16: "potted plant", 20: "television"}),
+    "context": (CONTEXT, 59, {1: "aeroplane", 37: "person", 59: "wood"}),
+    "coco_object": (COCO_THINGS, 80, {1: "person", 12: "stop sign", 80: "toothbrush"}),
+    "coco_stuff": (COCO_STUFF, 171, {12: "stop sign", 80: "toothbrush", 81: "banner", 171: "wood"}),
+    "ade20k": (ADE20K, 150, {1: "wall", 13: "person", 126: "pot", 150: "flag"}),
+    "cityscapes": (CITYSCAPES, 19, {1: "road", 14: "car", 19: "bicycle"}),
+    "camvid": (CAMVID, 11, {1: "sky", 4: "road", 11: "bicyclist"}),
 }
 
 
@@ -392,44 +354,26 @@ def test_benchmarks(name, tmp_path):
     _, _, split, expected = LAYOUTS[name]
     dataset = load_segmentation(name, tmp_path)
     assert (dataset.name, dataset.split, len(dataset)) == (name, split, 2)
-    numbers = {"voc": 20, "coco_object": 80, "coco_stuff": 171, "ade20k": 150, "context": 59}
-    numbers |= {"cityscapes": 19, "camvid": 11}
-    assert len(dataset.class_names) == next(number for start, number in numbers.items() if name.startswith(start))
+    names, number, known = next(of for start, of in KNOWN.items() if name.startswith(start))
+    assert dataset.class_names == names and len(names) == len({*names}) == number
+    assert {index: names[index - 1] for index in known} == known
     assert dataset.background == (name in ("voc21", "context60", "coco_object"))
     for sample, stem in zip(dataset, ("a_2", "b_1"), strict=True):
         assert sample.name.removesuffix("_leftImg8bit") == stem
         assert sample.label_map.tolist() == expected and sample.image.size == sample.size[::-1]
         assert sample.class_ids == tuple(sorted(set(expected[0]) - {0, 255}))
-        for label in sample.class_ids:
-            assert sample.mask(label).tolist() == [[value if value in (label, 255) else 0 for value in expected[0]]]
     with pytest.raises((FileNotFoundError, ValueError), match="no-such-split"):
         load_segmentation(name, tmp_path, "no-such-split")
 
 
-def test_names_of_classes_are_where_the_benchmarks_have_them():
-    for names, known in (
-        (COCO_STUFF, {1: "person", 12: "stop sign", 80: "toothbrush", 81: "banner", 171: "wood"}),
-        (ADE20K, {1: "wall", 13: "person", 126: "pot", 150: "flag"}),
-        (CITYSCAPES, {1: "road", 14: "car", 19: "bicycle"}),
-        (CONTEXT, {1: "aeroplane", 37: "person", 59: "wood"}),
-        (CAMVID, {1: "sky", 4: "road", 11: "bicyclist"}),
-        (VOC, {11: "dining table", 16: "potted plant", 20: "television"}),
-    ):
-        assert {index: names[index - 1] for index in known} == known and len({*names}) == len(names)
-
-
 def test_which_classes_are_stuff(voc):
-    """The numbers of the benchmarks: 50 of ADE20K, 91 of COCO-Stuff, 11 of Cityscapes."""
-    for name, classes, count in (
-        ("ade20k", ADE20K, 50), ("coco_stuff", COCO_STUFF, 91), ("cityscapes", CITYSCAPES, 11), ("camvid", CAMVID, 6)
-    ):  # fmt: skip
+    for name, count in (("ade20k", 50), ("coco_stuff", 91), ("cityscapes", 11), ("camvid", 6)):  # of the benchmarks
+        classes = DATASETS[name].classes
         stuff = {classes[label - 1] for label in SegmentationDataset(name, None, classes, [], []).stuff}
         assert len(stuff) == count and stuff == {*DATASETS[name].stuff}, name
-        assert stuff & {"sky", "sky-other"} and not stuff & {"person", "pedestrian", "car", "bicycle"}
     dataset = load_segmentation("voc21", voc, overrides={"names": {"sofa": "sky"}})  # the kind is not the name's
-    assert dataset.stuff == () and load_segmentation("voc2012", voc).stuff == ()
-    unknown = {name for name, layout in DATASETS.items() if layout.stuff is None}
-    assert unknown == {"folder", "context59", "context60"}
+    assert dataset.stuff == ()
+    assert {name for name, layout in DATASETS.items() if layout.stuff is None} == {"folder", "context59", "context60"}
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -448,53 +392,42 @@ def test_coco_object_of_instances_has_the_smaller_before_the_larger(tmp_path, or
 
 # ---- overrides ----
 
-
-def test_synonyms_of_a_file_of_lines_or_a_mapping(voc):
-    lines = [*VOC[:17], "sofa, couch ,settee", *VOC[18:]]
-    with_semicolons = "\n".join(["sky; wall; sofa", *lines]).replace(",", ";")  # as ProxyCLIP's lists
-    mapping = {"names": {"sofa": ["sofa", "couch", "settee"]}, "background": ["sky", "wall"]}
-    expected = tuple(("sofa", "couch", "settee") if name == "sofa" else (name,) for name in VOC)
-    for name, overrides, background in (
-        ("voc21", "\n".join(["sky, wall", *lines]) + "\n", ("sky", "wall")),
-        ("voc21", mapping, ("sky", "wall")),
-        ("voc21", with_semicolons, ("sky", "wall", "sofa")),
-        ("voc20", "\n".join(lines), ()),
-    ):
-        if isinstance(overrides, str):
-            (voc / "names.txt").write_text(overrides)
-            overrides = voc / "names.txt"
-        dataset = load_segmentation(name, voc, overrides=overrides)
-        assert (dataset.synonyms, dataset.background_texts) == (expected, background)
-        assert dataset.class_names == VOC and dataset.templates == IMAGENET_TEMPLATES  # not named, so kept
+MAPPING = {"names": {"television": "tv", "sofa": ["sofa", "couch"]}, "background": ["sky", "wall"]}
+YAML = "names: {television: tv, sofa: [sofa, couch]}\nbackground: [sky, wall]\ntemplates: ['a {}.', '{} in a scene']"
+LINES = "\n".join(["sky, wall", *VOC[:17], "sofa, couch", VOC[18], "tv"])
 
 
 @pytest.mark.parametrize(
-    ("name", "lines", "problem"),
+    ("file", "content"),
     [
-        ("voc21", ["a"] * 19, "'voc21' has 20 classes.* this file has 19"),
-        ("voc20", ["sky", *VOC], "'voc20' has 20 classes.* this file has 21"),
-        ("voc21", ["aeroplane, plane", *VOC[1:19], "screen, plane"], "'plane' names two classes"),
-        ("voc21", ["plane, plane", *VOC[1:]], "'plane' names two classes, or one class twice"),
-        ("voc21", ["plane, ", *VOC[1:]], ", ''. is neither text"),
+        (None, MAPPING),
+        ("o.json", json.dumps(MAPPING)),
+        ("o.yaml", YAML),
+        ("o.txt", LINES),
+        ("o.txt", LINES.replace(",", ";") + "\n"),  # as ProxyCLIP's lists
     ],
 )
-def test_a_file_of_lines_with_other_classes_is_named(voc, name, lines, problem):
+def test_overrides(voc, file, content):
+    if file:
+        (voc / file).write_text(content)
+    dataset = load_segmentation("voc21", voc, overrides=voc / file if file else content)
+    assert dataset.synonyms == (*((name,) for name in VOC[:17]), ("sofa", "couch"), (VOC[18],), ("tv",))
+    assert dataset.class_names == (*VOC[:19], "tv") and dataset.background_texts == ("sky", "wall")
+    # What is not named is kept.
+    assert dataset.templates == (("a {}.", "{} in a scene") if content == YAML else IMAGENET_TEMPLATES)
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (VOC[1:], "'voc21' has 20 classes.* this file has 19"),
+        (["sky", "aeroplane, plane", *VOC[1:19], "screen, plane"], "'plane' names two classes"),
+    ],
+)
+def test_a_file_of_lines_with_other_classes_is_named(voc, lines, problem):
     (voc / "names.txt").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=problem) as error:
-        load_segmentation(name, voc, overrides=voc / "names.txt")
-    assert str(voc / "names.txt") in str(error.value)
-
-
-@pytest.mark.parametrize("form", ["mapping", "json", "yaml"])
-def test_overrides(voc, form):
-    overrides = {"names": {"television": "tv", "aeroplane": "plane"}, "templates": ["a {}.", "{} in a scene"]}
-    if form == "json":
-        (voc / "o.json").write_text(json.dumps(overrides))
-    if form == "yaml":
-        (voc / "o.yaml").write_text("names: {television: tv, aeroplane: plane}\ntemplates: ['a {}.', '{} in a scene']")
-    dataset = load_segmentation("voc2012", voc, overrides=overrides if form == "mapping" else voc / f"o.{form}")
-    assert (dataset.class_names[0], dataset.class_names[1], dataset.class_names[19]) == ("plane", "bicycle", "tv")
-    assert dataset.templates == ("a {}.", "{} in a scene")
+    with pytest.raises(ValueError, match=problem):
+        load_segmentation("voc21", voc, overrides=voc / "names.txt")
 
 
 # ---- bad data ----
@@ -509,8 +442,6 @@ def test_what_is_missing_is_named(voc, folder):
     (masks / "2007_000001.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"SegmentationClass/2007_000001\.png: .*1 of 2"):
         load_segmentation("voc2012", voc)
-    for alone, missing in (("images/c.png", r"masks/c\.png"), ("masks/d.png", r"images/d: .*1 of")):
-        write_image(folder / alone, 2, 3)
-        with pytest.raises(FileNotFoundError, match=missing):
-            load_segmentation("folder", folder)
-        (folder / alone).unlink()
+    write_image(folder / "masks" / "d.png", 2, 3)
+    with pytest.raises(FileNotFoundError, match="images/d: .*1 of"):
+        load_segmentation("folder", folder)

@@ -104,12 +104,15 @@ class _Report:
             self.rows.append([image_index, text_index, area, presence, [round(score, 4)]])
 
     def write(self) -> Path:
-        """Writes the page and returns its path."""
         num_images = len(self.image_names)
-        title = f"Maps of {num_images} image{'' if num_images == 1 else 's'}"
-        texts, methods = [*self.text_indices], [self.made_by]
         return self.report_folder.write_page(
-            title, self.image_names, texts, methods, "score", self.rows, refined=self.refined
+            title=f"Maps of {num_images} image{'' if num_images == 1 else 's'}",
+            images=self.image_names,
+            texts=[*self.text_indices],
+            methods=[self.made_by],
+            value="score",
+            rows=self.rows,
+            refined=self.refined,
         )
 
 

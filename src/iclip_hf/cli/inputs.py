@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.files import images_of
 from ..model.images import is_url
 
 
@@ -47,12 +48,4 @@ def image_names(names: Sequence[str]) -> list[str]:
     """
     if missing := [name for name in names if not is_url(name) and not Path(name).exists()]:
         raise FileNotFoundError(f"{missing[0]!r}: there is no such image file or folder; write --text before a text.")
-    images = []
-    for name in names:
-        if os.path.isdir(name):
-            from ..data.files import images_of
-
-            images += map(str, images_of(name))
-        else:
-            images.append(name)
-    return images
+    return [str(image) for name in names for image in (images_of(name) if os.path.isdir(name) else [name])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ..backends.explainable import ExplainableModel
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate_model(
@@ -106,19 +103,9 @@ def evaluate_model(
         report = Report(report)
         report.image_size = metrics[0].image_size  # so that the report shares the run of the first metric
         metrics.append(report)
-    new_run = partial(
-        EvaluationRun,
-        load(model),
-        dataset,
-        methods,
-        templates=templates,
-        refine=refine,
-        multi_scale=multi_scale,
-        limit=limit,
-        batch_size=batch_size,
-        processes=processes,
-        progress=progress and processes.is_main_process,
-    )
+    model, progress = load(model), progress and processes.is_main_process
+    settings = {"templates": templates, "refine": refine, "multi_scale": multi_scale}
+    new_run = partial(EvaluationRun, model, dataset, methods, limit, batch_size, processes, progress, **settings)
     # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
     # another. The key of a run is its size as text, because a size is a dict, which has no hash.
     runs: dict[str, EvaluationRun] = {}
@@ -204,7 +191,7 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
 class EvaluationRun:
     """
     Runs a model and its methods on images of one size, for all metrics that take this size. The parameters are those
-    of [`evaluate_model`].
+    of [`evaluate_model`]; `settings` are `image_size`, `refine` and `multi_scale`.
 
     Attributes:
         model ([`ExplainableModel`]), dataset, methods, batch_size: as given.
@@ -219,19 +206,16 @@ class EvaluationRun:
         model: ExplainableModel,
         dataset: SegmentationDataset,
         methods: str | Sequence[str] | Mapping[str, Mapping | tuple[str, Mapping]] | None,
-        templates: Sequence[str] | None,
-        refine: bool,
-        multi_scale: bool,
         limit: int | None,
         batch_size: int,
         processes: PartialState,
         progress: bool,
-        image_size: int | dict[str, int] | None,
+        templates: Sequence[str] | None,
+        **settings,
     ):
         self.model, self.dataset = model, dataset
         templates = dataset.templates if templates is None else templates
-        settings = {"templates": templates, "image_size": image_size, "refine": refine, "multi_scale": multi_scale}
-        new_engine = partial(Engine, self.model, self.model.processor, **settings)
+        new_engine = partial(Engine, self.model, self.model.processor, templates=templates, **settings)
         self.engine = new_engine()
         methods = [methods] if isinstance(methods, str) else methods or [None]
         if not isinstance(methods, Mapping):

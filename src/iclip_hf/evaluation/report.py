@@ -105,12 +105,12 @@ class Report(Metric):
         names = [state.names.get(index, "") for index in range(max(state.names, default=-1) + 1)]
         model = "the embedded model" if protocol["model"] == embedded_folder().name else protocol["model"]
         return self.report_folder.write_page(
-            f"Maps of {model} on {DATASETS[protocol['dataset']['name']].title}",
-            names,
-            class_names,
-            methods,
-            "IoU",
-            rows,
+            title=f"Maps of {model} on {DATASETS[protocol['dataset']['name']].title}",
+            images=names,
+            texts=class_names,
+            methods=methods,
+            value="IoU",
+            rows=rows,
             refined=self.run.engine.refine,
             alarms=alarms,
             tables=[part for table in result.tables for part in table.split("\n\n")],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +26,6 @@ from ..utils.published import clean_configs
 from .configs import EMBEDDED, config_folder, parse_options
 from .model_card import write_model_card
 
-
-logger = logging.getLogger(__name__)
 
 # Maps the Auto classes to the classes in a folder with code.
 _AUTO_MAP = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,22 +69,9 @@ class ReportFolder:
         picture.paste(_OUTLINE, mask=Image.fromarray(inside & ~surrounded))
         _save(picture, self._images / f"{name}.jpg")
 
-    def write_page(
-        self,
-        title: str,
-        images: Sequence[str],
-        texts: Sequence[str],
-        methods: Sequence[str],
-        value: str,
-        rows: Sequence[Sequence],
-        *,
-        refined: bool = False,
-        alarms: Sequence[Sequence] = (),
-        tables: Sequence[str] = (),
-        scores: Mapping[str, Mapping[str, Sequence[float | None]]] | None = None,
-    ) -> Path:
+    def write_page(self, **data) -> Path:
         """
-        Writes the page, `index.html`, after its data, and returns its path.
+        Writes the page, `index.html`, after its data in JSON, and returns its path.
 
         Args:
             title (`str`): title of the page.
@@ -94,24 +80,13 @@ class ReportFolder:
             rows: for each pair of an image and a text: the index of the image, that of the text, the share of the
                 image in the mask, the presence or None, and a list with a value for each method.
             refined (`bool`): whether the maps are refined. Each then also has a picture before the refinement.
-            alarms: for each text that the model calls present in an image that does not show it: the index of the
-                image, that of the text, and the presence.
-            tables (`list[str]`): tables and lists in Markdown.
-            scores (`dict`): by the name of a score and by method, the numbers of all texts, None if not measured.
+            alarms (*optional*): for each text that the model calls present in an image that does not show it: the
+                index of the image, that of the text, and the presence.
+            tables (`list[str]`, *optional*): tables and lists in Markdown.
+            scores (`dict`, *optional*): by the name of a score and by method, the numbers of all texts, None if not
+                measured.
         """
-        data = {
-            "title": title,
-            "images": [*images],
-            "texts": [*texts],
-            "methods": [*methods],
-            "value": value,
-            "rows": rows,
-            "refined": refined,
-            "alarms": alarms,
-            "tables": [*tables],
-            "min_presence": MIN_PRESENCE,
-            "scores": scores or {},
-        }
+        data = {"alarms": [], "tables": [], "scores": {}, "min_presence": MIN_PRESENCE, **data}
         # A script, because a page on disk may not fetch a file.
         script = f"const REPORT = {json.dumps(data, allow_nan=False, separators=(',', ':'))};\n"
         page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -45,8 +44,6 @@ from .collator import PairCollator
 from .datasets import NumberedRows, StreamedPairs
 from .evaluation import content_ids, retrieval_metrics
 
-
-logger = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 30  # number of steps in a row without a finite gradient, after which a training stops
 
@@ -125,7 +122,8 @@ class ICLIPTrainer(Trainer):
         if args.push_to_hub:  # the base class would push paths and the token of this machine
             raise ValueError("push_to_hub: upload the saved model by `iclip push`, with its code and card.")
         self.map_dataset, self.card, self._last_losses = map_dataset, card or {}, []
-        signature(write_model_card).bind_partial(**self.card)  # raises for an unknown argument
+        if unknown := self.card.keys() - signature(write_model_card).parameters.keys():
+            raise TypeError(f"card: {min(unknown)!r} is no argument of write_model_card.")
         if eval_dataset is None:
             eval_dataset = map_dataset
         elif map_dataset is not None and isinstance(eval_dataset, dict):

@@ -32,8 +32,6 @@ def summary(
         best_step (`int`, *optional*): step of the best evaluation, if its model was loaded at the end. Otherwise the
             last evaluation counts as "after".
         metric: the metric by which it is the best.
-        folder: of the model.
-        held_out: the held-out pairs, if there are any.
         kept_source: name of the model that was trained further, if no evaluation was better and the folder holds it
             again; otherwise empty.
     """
@@ -62,7 +60,9 @@ def _metric_lines(log_history: Sequence[Mapping], best_step: int | None, held_ou
     for name in filter(_is_metric, after):
         metric = name.removeprefix("eval_")
         metric += " %" if metric in _IN_PERCENT else ""
-        change = _change(after, name) if before and not too_few else ""
+        low_and_high = [after.get(f"{name}_change_{end}") for end in ("low", "high")]
+        is_known = before and not too_few and None not in low_and_high
+        change = " to ".join(map(_number, low_and_high)) if is_known else ""
         rows.append([metric, _number(before[name]) if before else "", _number(after[name]), change])
     lines = table(["", "before", "after", "change (95 %)"], rows)
     if held_out is not None:
@@ -72,11 +72,6 @@ def _metric_lines(log_history: Sequence[Mapping], best_step: int | None, held_ou
 
 def _is_metric(name: str) -> bool:
     return name.startswith("eval_") and name.removeprefix("eval_") in (*RETRIEVAL_METRICS, *MAP_METRICS)
-
-
-def _change(evaluation: Mapping[str, float], name: str) -> str:
-    bounds = [evaluation.get(f"{name}_change_{end}") for end in ("low", "high")]
-    return "" if None in bounds else " to ".join(map(_number, bounds))
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,6 @@
 """The model in the hands of Accelerate, Trainer and torch's parallelism: hooks, gathering, sharding."""
 
 import itertools
-import math
 import re
 import subprocess
 import sys
@@ -14,10 +13,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
 from accelerate.utils import pad_across_processes
 from conftest import FEATURES, TEXT, VISION, noise, save, tiny_inputs, tiny_model
-from datasets import Dataset
 from processes import run_script
-from safetensors.torch import load_file
-from torch.utils._pytree import tree_leaves
 from training_runs import outputs_of, write_table
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -40,9 +36,8 @@ def test_offloaded_weights_give_the_same(vision, features, tmp_path):
         for offloaded in (in_memory, on_disk):
             assert all(parameter.is_meta for parameter in offloaded.parameters())
             for option, name in (("output_similarity_maps", "similarity_maps"), ("return_loss", "loss")):
-                torch.testing.assert_close(
-                    offloaded(**inputs, **{option: True})[name], expected(**inputs, **{option: True})[name]
-                )
+                found, of_whole = (model(**inputs, **{option: True})[name] for model in (offloaded, expected))
+                torch.testing.assert_close(found, of_whole)
 
 
 def test_a_device_map_splits_no_projection():
@@ -61,7 +56,6 @@ def test_outputs_gather(tmp_path):
     model, inputs = tiny_model(), tiny_inputs(batch=3, size=(32, 48))
     with torch.no_grad():
         outputs = model(**inputs, output_similarity_maps=True)
-    assert all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(outputs) if leaf is not None)
     assert pad_across_processes(outputs).vision_model_output.grid == (4, 6)
 
     pairs = [{name: value[i] for name, value in inputs.items()} for i in range(3)]
@@ -79,27 +73,16 @@ def test_trainer_resumes_with_the_weights_of_its_checkpoint(vision, tmp_path):
     """It loads a file, where weights have other names than in the model."""
     inputs = tiny_inputs(batch=4, texts=4)
     pairs = [{name: value[i] for name, value in inputs.items()} for i in range(4)]
-    arguments = TrainingArguments(
-        tmp_path, num_train_epochs=1, save_strategy="epoch", learning_rate=0.01, report_to=[], use_cpu=True
-    )
+    options = {"num_train_epochs": 1, "save_strategy": "epoch", "learning_rate": 0.01}
+    arguments = TrainingArguments(tmp_path, **options, report_to=[], use_cpu=True)
 
-    def trainer(model):
-        return Trainer(
-            model,
-            arguments,
-            data_collator=lambda batch: default_data_collator(batch) | {"return_loss": True},
-            train_dataset=pairs,
-        )
+    def collate(rows):
+        return default_data_collator(rows) | {"return_loss": True}
 
     trained, resumed = (tiny_model(vision, "clip_text_model", seed=seed, lock_vision=False) for seed in range(2))
-    trainer(trained).train()
-    trainer(resumed).train(resume_from_checkpoint=True)
+    Trainer(trained, arguments, collate, train_dataset=pairs).train()
+    Trainer(resumed, arguments, collate, train_dataset=pairs).train(resume_from_checkpoint=True)
     torch.testing.assert_close(dict(resumed.state_dict()), dict(trained.state_dict()))
-
-    weights = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
-    del weights["recognition.logit_scale"]
-    loaded = resumed.load_state_dict({**weights, "other": torch.zeros(1)}, strict=False)
-    assert (loaded.missing_keys, loaded.unexpected_keys) == (["recognition.logit_scale"], ["other"])
 
 
 NOUNS = ["dog", "cat", "red ball", "grass (background) (below)", "sky (background) (above)"]
@@ -108,12 +91,8 @@ KNOWN = {"labels": ["dog", "grass"], "complete": ["dog", "cat", "grass", "sky"]}
 
 def rows_of_pairs() -> list[dict]:
     """Two images whose labels are known, one with several captions, and two with a sentence alone."""
-    captions = [
-        {"captions": ["a dog", "a red dog"]},
-        {"caption": "grass"},
-        {"caption": "a red ball"},
-        {"text": "a car"},
-    ]
+    captions = [{"captions": ["a dog", "a red dog"]}, {"caption": "grass"}]
+    captions += [{"caption": "a red ball"}, {"text": "a car"}]
     known = [KNOWN, KNOWN, {}, {}]
     return [{"image": noise((40, 36), seed=i)} | captions[i] | known[i] for i in range(4)]
 
@@ -142,7 +121,7 @@ def test_rows_sample_captions_and_prompts_anew_for_each_batch(tiny_processor):
     torch.manual_seed(0)
     assert [collator(rows)["input_ids"].tolist() for _ in range(16)] == batches
     assert len({str(texts[0][:4]) for texts in batches}) == 2 and len({str(texts) for texts in batches}) > 8
-    with pytest.raises(ValueError, match="caption.* image, title"):
+    with pytest.raises(ValueError, match="title"):
         collator([*rows, {"image": rows[0]["image"], "title": " "}])
 
 
@@ -169,9 +148,6 @@ def test_the_recipe_of_the_guide_trains(tiny_processor, tmp_path, monkeypatch):
     assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [0, 4, 8, 12, 16, 20]
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
-    trained, before = ICLIPModel.from_pretrained("runs/trainer/checkpoint-20"), dict(model.named_parameters())
-    learned = {name for name, weight in trained.named_parameters() if not torch.equal(weight, before[name])}
-    assert {name.split(".")[0] for name in learned} == {"recognition", "interpretability"}
 
 
 @pytest.mark.slow
@@ -193,25 +169,6 @@ def test_the_recipe_of_the_guide_learns_from_sixty_photographs(iclip_data, tmp_p
         trainer.model.load_state_dict(ICLIPModel.from_pretrained(folder).state_dict())
         losses.append(trainer.evaluate(others)["eval_loss"])
     assert losses[1] < losses[0] - 0.005
-
-
-def test_a_plain_trainer_takes_the_batches(tiny_processor, tmp_path):
-    """Also those of a dataset of the Hub."""
-    rows = Dataset.from_list([{"caption": f"a dog {i}", "number": i} for i in range(8)])
-    rows = rows.map(lambda row: {"image": noise((40, 36), seed=row["number"])}, features=None)
-    arguments = TrainingArguments(
-        str(tmp_path),
-        per_device_train_batch_size=4,
-        num_train_epochs=1,
-        remove_unused_columns=False,
-        label_names=[],
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-    )
-    trainer = Trainer(tiny_model(), arguments, PairCollator(tiny_processor), train_dataset=rows)
-    assert trainer.train().global_step == 2
-    assert math.isfinite(trainer.evaluate(rows)["eval_loss"])
 
 
 SHARDED = """
@@ -251,6 +208,7 @@ state.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_parameters():
     """FSDP in both its versions, which shard no scalars: the same losses as of the whole model."""
     for done in run_script(SHARDED, processes=2):

@@ -20,7 +20,7 @@ from training_runs import assert_same_weights, evaluations, run
 
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training import FeatureCache, ICLIPTrainer
+from iclip_hf.training import ICLIPTrainer, PairCollator
 from iclip_hf.training.callbacks import Interrupts
 from iclip_hf.training.kept_presence import KEPT_NOUNS, kept_presence
 from iclip_hf.training.trainer import last_checkpoint
@@ -44,17 +44,12 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(hub, tmp
         (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "run" / "start.json").write_text("{}")
     assert run(hub, tmp_path / "run", "--max_steps", 1, "--resume").state.global_step == 1
-    (tmp_path / "other" / "checkpoint-5").mkdir(parents=True)
-    (tmp_path / "other" / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
-    (tmp_path / "other" / "checkpoint-5" / "config.json").write_text('{"hidden_size": 3}')
-    with pytest.raises(FileExistsError, match="holds files already"):
+    other = tmp_path / "other" / "checkpoint-5"
+    other.mkdir(parents=True)
+    (other / "trainer_state.json").write_text('{"global_step": 5}')
+    (other / "config.json").write_text('{"hidden_size": 3}')
+    with pytest.raises(FileExistsError, match="other"):
         run(hub, tmp_path / "other", "--resume")
-
-
-def test_a_run_that_fails_before_it_begins_leaves_its_folder_empty(hub, tmp_path):
-    with pytest.raises(ValueError, match="lower it"):
-        run(hub, tmp_path, "--per_device_train_batch_size", 1000)
-    assert run(hub, tmp_path, "--max_steps", 1).state.global_step == 1
 
 
 def test_a_resumed_run_that_was_moved_keeps_its_best_checkpoint(hub, tmp_path):
@@ -100,9 +95,8 @@ def hooked_run(hub, output, arguments, hook="", setup="", **options):
     return done
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
-def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, number):
-    kill = f"os.kill(os.getpid(), signal.{number})"
+def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path):
+    kill = "os.kill(os.getpid(), signal.SIGTERM)"
     twice = f"if calls == 3: {kill}; {kill}"  # as a launcher repeats it
     done = hooked_run(hub, tmp_path / "run", ["--max_steps", 6], twice)
     said, checkpoint = done.stderr.splitlines()[-1], tmp_path / "run" / "checkpoint-3"
@@ -145,13 +139,9 @@ def stream(hub, monkeypatch):
     monkeypatch.setattr("iclip_hf.data.pairs.open_hub_dataset", lambda *name, **options: opened)
 
 
-def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_path, monkeypatch, stream):
+def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_path, monkeypatch, recorded, stream):
     """Six steps: two, then one, then three. Each part is the beginning of the pass that its first step names."""
-    seen, collate = [], "iclip_hf.training.collator.PairCollator.__call__"
-    from iclip_hf.training import PairCollator
-
-    of = PairCollator.__call__
-    monkeypatch.setattr(collate, lambda self, rows: seen.append([row["draw"] for row in rows]) or of(self, rows))
+    seen = recorded(PairCollator, "__call__", lambda self, rows: [row["draw"] for row in rows])
     interrupt_at(monkeypatch, 2, 3)
     arguments = ["--data", "org/pairs", "--pairs_per_epoch", 96, "--num_train_epochs", 1, "--resume"]
     arguments += ["--ignore_data_skip", True]
@@ -207,29 +197,19 @@ def test_a_training_that_ended_within_an_epoch_takes_no_further_step(hub, tmp_pa
     assert_same_weights(tmp_path / "whole", tmp_path)
 
 
-def test_a_run_that_is_resumed_with_features_of_another_machine_is_compared_with_its_start(hub, tmp_path, monkeypatch):
-    """Its captions are the same, and their cached features nearly."""
-    arguments = ["--validation_data", hub / "held_out.tar", "--lock_text", "--eval_steps", 1, "--save_steps", 1]
-    arguments += ["--pictures", 0, "--eval_on_start", True]
-    run(hub, tmp_path / "run", *arguments, "--cache_features", tmp_path / "first", "--max_steps", 1)
-    encode = FeatureCache._encode_texts
-    monkeypatch.setattr(FeatureCache, "_encode_texts", lambda *of: {"text": 1.01 * encode(*of)["text"]})
-    other = ["--cache_features", tmp_path / "other", "--max_steps", 2, "--resume"]
-    assert "loss_change_low" in evaluations(run(hub, tmp_path / "run", *arguments, *other))[2]
-
-
+@pytest.mark.slow
 def test_the_presence_of_nouns_moves_less_if_it_is_kept(hub, tmp_path, tiny_processor):
     start = save(tmp_path / "start", tiny_model(logit_bias_init_value=-1), tiny_processor)
     arguments = ["--model", start, "--lock_text", "--learning_rate", 0.003, "--warmup_steps", 0]
     run(hub, tmp_path / "free", *arguments)
     run(hub, tmp_path / "kept", *arguments, "--keep_presence", 10)
     images = [pair["image"] for pair in islice(load_pairs(str(hub / "pairs.tar")), 16)]
-
-    def presences(folder: Path) -> torch.Tensor:  # most words of the 256 nouns are unknown to the tokenizer, as "man"
-        return torch.cat([one.presence for one in explain(folder, images, ["man"], refine=False)])
-
-    moved = {name: (presences(tmp_path / name) - presences(tmp_path / "start")).abs() for name in ("free", "kept")}
-    assert moved["kept"].mean() < moved["free"].mean() / 2
+    # Most words of the 256 nouns are unknown to the tokenizer, as "man".
+    before, free, kept = (
+        torch.cat([one.presence for one in explain(tmp_path / name, images, ["man"], refine=False)])
+        for name in ("start", "free", "kept")
+    )
+    assert (kept - before).abs().mean() < (free - before).abs().mean() / 2
 
 
 def test_presence_is_kept_of_common_nouns(tmp_path, tiny_processor):
@@ -283,11 +263,6 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path
         codes.append(hooked_run(hub, tmp_path / "killed", arguments, setup=DEADLY.format(calls=calls)).returncode)
     assert codes[-1] == 0 and len(codes) > 2
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
-    states = [
-        json.loads(Path(last_checkpoint(tmp_path / name), "trainer_state.json").read_text())
-        for name in ("killed", "whole")
-    ]
-    assert states[0]["best_metric"] == states[1]["best_metric"] and states[0]["global_step"] == 8
     assert_same_weights(*(tmp_path / name / "checkpoint-8" for name in ("killed", "whole")))
 
 

@@ -80,38 +80,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(files, wheel):
     assert "\nRequires-Python: >=3.10\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
-# Runs doors, each without a package: which exception, and which name of an extra it says.
-DOORS_WITHOUT = """
-import importlib, json, re, sys
-
-kept, results = {}, []
-for packages, door in json.load(sys.stdin):
-    if packages != [*kept]:  # what was imported beside others is imported anew
-        for name in [name for name in sys.modules if re.match(r"iclip_hf\\b", name)]:
-            del sys.modules[name]
-        for package, module in kept.items():
-            del sys.modules[package]
-            if module is not None:
-                sys.modules[package] = module
-        kept = {package: sys.modules.get(package) for package in packages}
-        sys.modules.update(dict.fromkeys(packages))
-    try:
-        exec(door, {})
-        results.append(None)
-    except ImportError as error:
-        results.append(str(error))
-print(json.dumps(results))
-"""
-
-
-def open_doors(doors: list[tuple[list[str], str]]) -> list[str | None]:
-    """What each door says without the packages: None if it opens."""
-    command = [sys.executable, "-W", "ignore", "-c", DOORS_WITHOUT]
-    opened = subprocess.run(command, cwd=ROOT, input=json.dumps(doors), capture_output=True, text=True)
-    assert opened.returncode == 0, opened.stderr
-    return json.loads(opened.stdout.splitlines()[-1])
-
-
 OPTIONAL = "accelerate datasets evaluate gradio onnx onnxruntime onnxscript open_clip pycocotools".split()
 OPTIONAL += ["skimage", "sklearn", "tensorboard"]
 NEEDS = {  # names of modules by the extra that they need
@@ -123,44 +91,40 @@ NEEDS = {  # names of modules by the extra that they need
 }
 
 
-def test_modules_without_their_extra_say_its_name(files):
-    """And all others do without any extra."""
+# Runs statements without the optional packages, and prints what each says.
+WITHOUT = """
+import json, sys
+
+results = []
+optional, statements = json.load(sys.stdin)
+sys.modules.update(dict.fromkeys(optional))
+for statement in statements:
+    try:
+        exec(statement, {})
+        results.append(None)
+    except ImportError as error:
+        results.append(str(error))
+print(json.dumps(results))
+"""
+
+
+def test_what_needs_an_extra_says_its_name(files):
+    """Modules, and what is loaded late; all others do without any extra."""
     paths = [PurePosixPath(place).with_suffix("") for place in packaged(files) if place.endswith(".py")]
     modules = [".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__"]
     modules = sorted(name for name in modules if not name.startswith("iclip_hf.evaluate_metrics."))
-    said = dict(zip(modules, open_doors([(OPTIONAL, f"import {name}") for name in modules])))
+    late = ["from iclip_hf.data import load_pairs; load_pairs('org/name')"]
+    late += ["from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')"]
+    statements = json.dumps([OPTIONAL, [*(f"import {name}" for name in modules), *late]])
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT]
+    done = subprocess.run(command, cwd=ROOT, input=statements, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *of_modules, pairs, segmentation = json.loads(done.stdout.splitlines()[-1])
+    said = dict(zip(modules, of_modules, strict=True))
     needs = {f"iclip_hf.{name}": extra for extra, names in NEEDS.items() for name in names}
     assert {name for name, sentence in said.items() if sentence} == needs.keys()
     for name, extra in needs.items():
         assert f"the extra [{extra}] with `pip install " in said[name], said[name]
-
-
-def test_what_is_loaded_late_says_its_extra_too():
-    doors = {
-        ("accelerate", "train"): "import iclip_hf.training.trainer",
-        ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
-        ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
-        ("evaluate", "eval"): "from iclip_hf.evaluation.evaluate_modules import install_metrics; install_metrics()",
-    }
-    said = open_doors([([package], door) for (package, _), door in doors.items()])
-    for (package, extra), sentence in zip(doors, said):
-        assert sentence.startswith(f"{package} is not installed: install the extra [{extra}] with `pip install ")
-        # The requirements themselves, so that the command works for a wheel too.
-        assert f"'{'scikit-learn' if package == 'sklearn' else package}>=" in sentence
-
-
-def test_make_installs_again_where_the_package_is_a_copy(tmp_path):
-    for name in ("Makefile", "setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    packages = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages"
-    packages.mkdir(parents=True)
-    for stamp in (".package", ".installed"):
-        (tmp_path / ".venv" / stamp).touch()
-
-    def installs() -> bool:
-        steps = subprocess.run(["make", "--dry-run", "test"], cwd=tmp_path, capture_output=True, text=True)
-        return "--editable '.[dev]'" in steps.stdout
-
-    assert installs()
-    (packages / f"__editable__.iclip_hf-{__version__}.pth").touch()
-    assert not installs()
+    # The requirements themselves, so that the command works for a wheel too.
+    assert "[train]" in pairs and "'datasets>=" in pairs
+    assert "[eval]" in segmentation and "'pycocotools>=" in segmentation

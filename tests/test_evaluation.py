@@ -12,36 +12,14 @@ from conftest import NAMES, evaluate_model, iclip, tiny_model, write_folder
 from families import raw_maps
 from processes import COMMAND, run_script
 from sklearn.metrics import roc_auc_score
-from tqdm import tqdm
 
-from iclip_hf import ICLIPModel
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation import evaluate
 from iclip_hf.evaluation.metrics import TASKS, MeanMaxIoU, make_metrics
 from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.similarity import resize_and_normalize
-
-
-def test_the_remaining_time_is_estimated_from_whole_batches(dataset, tiny_processor, recorded, monkeypatch):
-    """After one image of the first batch, the bar would state the time of a batch for each image, and of the texts."""
-    bars, encoded = [], recorded(ICLIPModel, "encode_text")
-
-    class Bar(tqdm):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            self.seen = [len(encoded)]
-            bars.append(self)
-
-        def update(self, count):
-            self.seen.append(count)
-            super().update(count)
-
-    monkeypatch.setattr(evaluate, "tqdm", Bar)
-    evaluate_model((tiny_model(), tiny_processor), dataset[:5], metrics=["mMIoU"], batch_size=2, progress=True)
-    assert [bar.seen for bar in bars] == [[1, 2, 2, 1]]
 
 
 def test_figures_of_every_method_are_those_of_one_image_and_class_at_a_time(dataset, tiny_processor):
@@ -77,10 +55,6 @@ def test_figures_of_every_method_are_those_of_one_image_and_class_at_a_time(data
     assert [row["name"] for row in rows] == NAMES
     for metric, score in (("mMIoU", "IoU"), ("mFMB", "FMB"), ("text_contrast", "contrast")):
         assert np.mean([row[metric][score] for row in rows]) == pytest.approx(forwards[metric][metric.lower()])
-    headings, _, row, *_ = ([cell.strip() for cell in line.split("|")] for line in result.table().splitlines())
-    assert row[headings.index("mMIoU %")] == f"{forwards['mMIoU']['mmiou']:.2f}"
-    assert row[headings.index("floor %")] == f"{forwards['mMIoU']['floor']:.2f}"
-    assert "text_contrast.contrast" in result.per_class_csv().splitlines()[0].split(",")
 
 
 def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(dataset, tiny_processor):
@@ -154,8 +128,6 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(dataset, tiny_proces
     assert 0 < len(hard) < len(absent) and measured["kept"] != measured["passed"]
     counts = {"shown": shown, "absent": absent, "absent_hard": hard}
     assert measured["pairs"] == {name: len(group) for name, group in counts.items()}
-    line = next(line for line in result.table().splitlines() if "passed, of those" in line)
-    assert [cell.strip() for cell in line.split("|")][-3:-1] == ["", str(len(hard))]
 
     error = 0
     assert measured["prior"] == pytest.approx(len(shown) / len(pairs))
@@ -179,14 +151,11 @@ def test_an_image_of_one_class_gives_valid_json_and_a_table_without_nan(tiny_pro
     metrics = [*TASKS["interpretability"][:4], "presence", *TASKS["faithfulness"], "label_maps"]
     model = (tiny_model(logit_bias_init_value=0.0), tiny_processor)
     result = evaluate_model(model, dataset, ["grad_cam"], metrics)
-    scores = result.results["grad_cam"]
+    table, scores = result.table(), result.results["grad_cam"]
     assert scores["text_contrast"]["text_contrast"] is None and scores["mMIoU"]["pairs"] == 1
     json.loads(result.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert all(
-        metric.legend in result.table() and (metric.legend or not metric.columns) for metric in make_metrics(metrics)
-    )
-    assert "mMIoU over 1 pair" in result.table() and "text_contrast over 0 images" in result.table()
-    assert "presence of at least 0.5" in result.table() and re.search(r"\bnan\b", result.table().lower()) is None
+    assert all(metric.legend in table for metric in make_metrics(metrics)) and not re.search(r"\bnan\b", table.lower())
+    assert "mMIoU over 1 pair" in table and "text_contrast over 0 images" in table
 
 
 def test_images_without_any_class_are_refused(dataset, tiny_processor):
@@ -202,11 +171,9 @@ def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
     names = {}
     exec(re.search(r"```py\n(import math.*?)\ndataset =", guide, re.DOTALL)[1], names)
     masks = np.array([[[1, 1]], [[0, 255]]])
-    image = EvaluatedImage(
-        0, SimpleNamespace(class_ids=(1, 2), size=(1, 2), void=255, mask=lambda k: masks[k - 1]), None
-    )
+    sample = SimpleNamespace(class_ids=(1, 2), size=(1, 2), void=255, mask=lambda k: masks[k - 1])
     metric = names["AreaRatio"]()
-    metric.update_from(image, "itsm", torch.tensor([[[0.9, 0.1]]] * 2))
+    metric.update_from(EvaluatedImage(0, sample, None), "itsm", torch.tensor([[[0.9, 0.1]]] * 2))
     assert metric.compute()["area_ratio"] == 0.5 and metric.compute()["left_out"] == {"no_value": 1}
 
 
@@ -217,38 +184,23 @@ def test_a_limit_and_what_the_protocol_says(dataset, tiny_processor):
     assert protocol["dataset"]["images"] == 2 and protocol["dataset"]["images_in_split"] == len(dataset)
     assert protocol["dataset"]["fingerprint"] == dataset[:2].fingerprint()
     assert protocol["image_size"] == {"height": 40, "width": 40} and protocol["templates"] == ["a {}"]
-    assert protocol["dtype"] == "float32"
     alone = evaluate_model(model, dataset[:2], **options)
     assert result.results == alone.results and result.per_class == alone.per_class
     # A part of a split does not pass for the whole.
-    assert len(dataset) > 2 and alone.protocol["dataset"]["images_in_split"] == len(dataset)
+    assert alone.protocol["dataset"]["images_in_split"] == len(dataset)
     assert f"on 2 of {len(dataset)} images" in alone.table()
 
 
-def test_options_that_are_numbers_of_numpy_are_written(dataset, tiny_processor):
-    options = {"image_size": np.int64(40), "limit": np.int64(1)}
-    result = evaluate_model((tiny_model(), tiny_processor), dataset, {"gem": {"depth": np.int64(1)}}, **options)
-    protocol = json.loads(result.to_json())["protocol"]
-    assert protocol["methods"] == {"gem": {"depth": 1}} and protocol["image_size"] == {"height": 40, "width": 40}
-    assert protocol["dataset"]["images"] == 1
-
-
-def arguments(labelled_folder, world, *more):
-    data = ["--dataset", "folder", "--data-root", labelled_folder]
-    return ["evaluate", "--model", world.folder / "model", *data, *more]
-
-
 def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, world, tmp_path, capsys):
-    output = tmp_path / "results.json"
-    assert iclip(*arguments(labelled_folder, world, "--output", output, "--json")) == 0
+    output, two = tmp_path / "results.json", tmp_path / "two.json"
+    command = ["evaluate", "--model", world.folder / "model", "--dataset", "folder", "--data-root", labelled_folder]
+    assert iclip(*command, "--output", output, "--json") == 0
     written = json.loads(output.read_text())
     assert json.loads(capsys.readouterr().out) == written
     with (tmp_path / "results.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == NAMES
 
-    two = tmp_path / "two.json"
-    command = arguments(labelled_folder, world, "--output", two)
-    first, second = run_script(COMMAND, *command, processes=2)
+    first, second = run_script(COMMAND, *command, "--output", two, processes=2)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "| itsm" in first.stdout and not second.stdout
     together = json.loads(two.read_text())
@@ -258,9 +210,7 @@ def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, w
     for name, apart in (("mAP", 1e-3), ("mMIoU", 0.1), ("mFMB", 1e-4)):
         assert two[name][name.lower()] == pytest.approx(one[name][name.lower()], abs=apart)
     for name in ("auc", "auc_hard", "kept", "passed", "calibration_error"):
-        assert together["results"]["itsm"]["presence"][name] == pytest.approx(
-            written["results"]["itsm"]["presence"][name], abs=1e-3
-        )
+        assert two["presence"][name] == pytest.approx(one["presence"][name], abs=1e-3)
 
 
 def test_average_precisions_that_no_score_changes_are_remarked(tmp_path, tiny_processor):
@@ -324,15 +274,3 @@ def test_without_a_name_the_method_is_that_of_the_model(dataset, made):
     """Of plain maps, unless refined ones are asked for."""
     usual, named = (evaluate_model(made("clip")[:2], dataset, methods, ["mFMB"]) for methods in (None, ["naclip"]))
     assert usual.results == named.results and usual.protocol["refine"] is False
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"metrics": []}, "There is no metric"),
-        ({"limit": -1}, "limit is at least 1, not -1"),
-    ],
-)
-def test_an_evaluation_of_nothing_is_refused(dataset, tiny_processor, options, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        evaluate_model((tiny_model(), tiny_processor), **{"dataset": dataset, **options})

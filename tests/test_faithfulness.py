@@ -53,20 +53,6 @@ def test_a_linear_model_has_the_areas_computed_by_hand():
     torch.testing.assert_close(deletion, torch.tensor(expected))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_no_more_images_than_the_batch_size_are_scored_at_once(batch_size):
-    image, counts = torch.rand(1, 2, 2), []
-
-    def score(images):
-        counts.append(len(images))
-        return images.sum((1, 2, 3))
-
-    curves = deletion_insertion(score, image, image, steps=2, batch_size=batch_size)
-    assert max(counts) == batch_size and sum(counts) == 2 + 2 * 2
-    for found, expected in zip(curves, deletion_insertion(score, image, image, steps=2)):
-        torch.testing.assert_close(found, expected)
-
-
 def test_curves_equal_those_of_plain_loops(tiny_processor):
     model = tiny_model(peak_share=0.3)  # the score reads the map too
     explainer = make_explainer((model, tiny_processor))
@@ -135,8 +121,7 @@ def test_rank_correlation_is_spearmans():
     assert rank_correlation(maps, torch.zeros(5, 4, 6)).isnan().all()
 
 
-@pytest.mark.parametrize("locked", [True, False])
-@pytest.mark.parametrize("method", ["itsm", "grad_cam", "gem", "legrad"])
+@pytest.mark.parametrize(("method", "locked"), [("itsm", True), ("grad_cam", False), ("legrad", True)])
 def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tiny_processor, method, locked):
     model = tiny_model(lock_vision=locked)
     loaded = load((model, tiny_processor))
@@ -165,10 +150,8 @@ def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tin
             for weight in layer.parameters():
                 std = weight.std(correction=0)
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std + weight.mean())
-            maps = [
-                raw_maps(make_explainer((twin, tiny_processor), name), images, texts)[0]
-                for name in (method, "attention")
-            ]
+            remade = [make_explainer((twin, tiny_processor), name) for name in (method, "attention")]
+            maps = [raw_maps(explainer, images, texts)[0] for explainer in remade]
             torch.testing.assert_close(found[depth], rank_correlation(own, torch.cat(maps, 1)), atol=1e-3, rtol=0)
     assert found[-1].abs().mean() < 0.9 and unchanged()
 
@@ -224,16 +207,6 @@ def test_means_over_images_then_classes_merge():
     for one in (whole.compute(), parts[0].compute()):
         assert (one["a"], one["b"], one["pairs"], one["left_out"]) == (0.75, 4.0, 3, {"no_value": 2})
         assert one["per_class"] == {7: {"a": 0.5, "b": 4.0}, 8: {"a": 1.0, "b": None}}
-
-
-def test_means_that_take_nothing_of_an_image_are_no_metric():
-    """Such a metric would give no scores, silently."""
-
-    class Nothing(ClassMeans):
-        columns = {"a": ("a", 1)}
-
-    with pytest.raises(TypeError, match="update_from"):
-        Nothing()
 
 
 # A data set
@@ -299,19 +272,16 @@ def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(
 def test_pixels_are_ordered_by_the_same_maps_in_every_batch(root, tiny_processor, monkeypatch):
     """To the last bit, which orders pixels that are mathematically equal."""
     seen, module = [], importlib.import_module(DeletionInsertion.__module__)
-    monkeypatch.setattr(
-        module,
-        "deletion_insertion",
-        lambda score, pixels, maps, **options: seen.append(maps) or deletion_insertion(score, pixels, maps, **options),
-    )
+
+    def recording(score, pixels, maps, **options):
+        seen.append(maps)
+        return deletion_insertion(score, pixels, maps, **options)
+
+    monkeypatch.setattr(module, "deletion_insertion", recording)
     model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", root)
-    scores = []
     for size in (1, 4):
-        result = evaluate_model(model, dataset, METHODS, [DeletionInsertion(steps=2)], batch_size=size)
-        scores.append([result.results[method]["deletion_insertion"] for method in METHODS])
+        evaluate_model(model, dataset, METHODS, [DeletionInsertion(steps=2)], batch_size=size)
     assert len(seen) == 6 and all(map(torch.equal, seen[:3], seen[3:]))
-    for one, other in zip(*scores):
-        assert [one[name] for name in COLUMNS[:4]] == pytest.approx([other[name] for name in COLUMNS[:4]], abs=1e-6)
 
 
 def test_the_command_takes_options_of_metrics_and_the_first_images(root, world, tmp_path, capsys):
@@ -320,21 +290,12 @@ def test_the_command_takes_options_of_metrics_and_the_first_images(root, world, 
     more = ("--metrics", "deletion_insertion", "randomization", "--methods", "itsm", "attention", "--steps", 2)
     assert iclip("evaluate", "--model", world.folder / "model", *data, *more) == 0
     written = json.loads(output.read_text())
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert (
-        written["protocol"]["metrics"]["deletion_insertion"]["steps"] == 2
-        and written["protocol"]["dataset"]["images"] == 3
-    )
-    assert lines[0].startswith("| method, on 3 of 4 images | ")
-    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
-    itsm = written["results"]["itsm"]
-    difference = itsm["deletion_insertion"]["difference_probability"]
-    correlations = itsm["randomization"]["randomization"]
-    for figure in (f"{difference:.4f}", f"{correlations[-1]:.2f}"):
-        assert figure in lines[2]
-    rows = (tmp_path / "results.csv").read_text().splitlines()
-    assert (
-        rows[0].startswith("method,id,name,deletion_insertion.deletion_cosine")
-        and rows[3].startswith("itsm,3,car,,")
-        and len(rows) == 7
-    )
+    protocol, itsm = written["protocol"], written["results"]["itsm"]
+    assert protocol["metrics"]["deletion_insertion"]["steps"] == 2 and protocol["dataset"]["images"] == 3
+    headings, _, row, _ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert headings.startswith("| method, on 3 of 4 images | ")
+    assert f"{itsm['deletion_insertion']['difference_probability']:.4f}" in row
+    assert f"{itsm['randomization']['randomization'][-1]:.2f}" in row
+    first, *rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert first.startswith("method,id,name,deletion_insertion.deletion_cosine")
+    assert rows[2].startswith("itsm,3,car,,") and len(rows) == 6

@@ -123,10 +123,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _model_titles(models: list[str]) -> dict[str, str]:
-    """
-    Returns the title of each model in a picture: its name without the path. If two models share this name, titles have
-    numbers, because the folders of a path may name the user.
-    """
+    """Returns the title of each model in a picture, with a number if two are equal without their folders."""
     titles = {name: public_name(name) for name in models}
     are_distinct = len(set(titles.values())) == len(models)
     return titles if are_distinct else {name: f"{title} ({i})" for i, (name, title) in enumerate(titles.items(), 1)}
@@ -160,10 +157,7 @@ def _open(
 
 
 def _named_sample(dataset, args: argparse.Namespace):
-    """
-    Returns the sample that the user named by its image file, its name or the end of its path. Raises `ValueError` if
-    no sample fits, or several.
-    """
+    """Returns the one sample that the user named by its image file, its name or the end of its path."""
     path = Path(args.image)
 
     def is_named(sample) -> bool:

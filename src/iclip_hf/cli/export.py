@@ -110,10 +110,7 @@ def export(args: argparse.Namespace, directory: Path, name: str | None = None) -
 
 
 def terms_of(folder: Path) -> dict[str, str | dict[str, str]]:
-    """
-    Returns the `licence` on the card of an exported model, and `data_terms`, the terms of each training data set by
-    name.
-    """
+    """Returns `licence`, that on the card of an exported model, and `data_terms`, by training data set."""
     from ..hub.model_card import card_licence
     from ..hub.record import read_record
 

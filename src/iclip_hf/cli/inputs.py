@@ -42,10 +42,7 @@ def load_named_image(name: str) -> Image.Image:
 
 
 def image_names(names: Sequence[str]) -> list[str]:
-    """
-    Replaces each folder among the names by its images, without pictures that the commands wrote. Raises
-    `FileNotFoundError` for a name that does not exist, and for a folder without images.
-    """
+    """Replaces folders by their images. Raises `FileNotFoundError` for a name without an image."""
     if missing := [name for name in names if not is_url(name) and not Path(name).exists()]:
         raise FileNotFoundError(f"{missing[0]!r}: there is no such image file or folder; write --text before a text.")
     return [str(image) for name in names for image in (images_of(name) if os.path.isdir(name) else [name])]

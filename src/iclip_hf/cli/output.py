@@ -55,10 +55,7 @@ def resolution(picture: Path) -> int:
 
 
 def save_picture(image, path: Path, dpi: int, replace: bool) -> Path:
-    """
-    Writes a PIL image in the format of the suffix, and returns the path of the file. If `path` exists, the file is
-    replaced with `replace`; otherwise the name gets a number.
-    """
+    """Writes a PIL image by the suffix of a path, or of a new name without `replace`. Returns the path."""
     from PIL import Image
 
     from ..utils.files import atomic_write, write_image, write_new

@@ -36,10 +36,7 @@ def asked_texts(typed: str) -> list[str]:
 
 
 def read_photo(path: str) -> tuple[Image.Image, tuple[int, int]]:
-    """
-    Loads a visitor's image as [`load_image`] does, with at most `MAX_SIDE` pixels per side. Returns the image, and the
-    width and height that it had.
-    """
+    """Loads an image with at most `MAX_SIDE` pixels a side. Returns it, and the (width, height) that it had."""
     image = load_image(Path(path), Path(path).name)
     original_size = image.size
     image.thumbnail((MAX_SIDE, MAX_SIDE))

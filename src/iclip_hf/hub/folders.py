@@ -56,22 +56,16 @@ def init_model(
     feature_tower: str | None = None,
 ) -> Path:
     """
-    Writes the folder of a new model: pretrained towers, untrained projections, processor and tokenizer. With the
-    configuration of the embedded model and no tower given, it writes the embedded model itself, which is trained.
+    Writes the folder of a new model, and returns it: pretrained towers, untrained projections, processor and
+    tokenizer. With the configuration of the embedded model and no tower given, it writes the embedded model itself,
+    which is trained.
 
     Args:
         config: name of a shipped configuration (`"iclip-vit-b16"`), or a folder with `train.yaml` or `config.json`,
             see [`join_towers`].
         output: the folder to write; new or empty.
-        vision (`str`, *optional*): folder or Hub id of the image tower. If not given, the configuration's `train.yaml`
-            names it.
-        text (`str`, *optional*): folder or Hub id of the text tower, or of a two-tower model such as CLIP. If not
-            given, `train.yaml` names it.
-        feature_tower (`str`, *optional*): folder or Hub id of the feature tower, a convolutional backbone of timm. If
-            not given, `train.yaml` names it, or there is none.
-
-    Returns:
-        `Path`: the folder.
+        vision, text, feature_tower (`str`, *optional*): folders or Hub ids of the image tower, of the text tower or a
+            two-tower model such as CLIP, and of a convolutional backbone of timm; those of `train.yaml` if not given.
 
     Raises:
         `FileExistsError`: `output` is not empty. `OSError`, `ValueError`: a checkpoint cannot be loaded.
@@ -179,16 +173,13 @@ def code_files() -> list[Path]:
 
 def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, **card) -> Path:
     """
-    Exports a model: weights (safetensors), configuration, processor, code and model card. With
+    Exports a model, and returns the folder: weights (safetensors), configuration, processor, code and model card. With
     `trust_remote_code=True`, the Auto classes and `pipeline` also load the folder where this package is not installed.
 
     Args:
         model, processor: model to export and its processor; they are not changed.
         folder: folder to write; new or empty, otherwise `FileExistsError` is raised.
         card: arguments of [`write_model_card`].
-
-    Returns:
-        `Path`: the folder.
     """
     with atomic_folder(folder) as built:
         save_model(model, processor, built, **card)

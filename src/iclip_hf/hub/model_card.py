@@ -179,10 +179,7 @@ def _evaluation_values(protocol: Mapping, results: Mapping) -> dict:
 
 
 def _header_results(evaluation: Mapping) -> list[EvalResult]:
-    """
-    Returns the results for the header of the card. There are none if a part of the images was measured, or if images
-    or class names are the user's own.
-    """
+    """Returns the results for the header; none for a part of the images, or the user's own images or names."""
     protocol, data = evaluation["protocol"], evaluation["protocol"]["dataset"]
     if data["images"] != data["images_in_split"] or protocol["own_data"]:
         return []

@@ -149,10 +149,7 @@ def card_results(evaluation: EvaluationResult | Mapping) -> dict:
 
 
 def _card_data(protocol: Mapping) -> tuple[dict, bool]:
-    """
-    Returns what the card shows of the data, and whether images or class names are the user's own, in the layout of a
-    known data set.
-    """
+    """Returns what the card shows of the data, and whether images or class names are the user's own."""
     data = {name: protocol["dataset"][name] for name in _DATASET}
     layout = DATASETS.get(data["name"])
     if layout is None or not layout.split_sizes:

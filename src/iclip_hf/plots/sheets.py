@@ -284,10 +284,7 @@ def _color_bar(colormap: str, scale: float) -> Image.Image:
 
 
 def _legend(entries: Sequence[tuple[str, str, str]], aspect: float, dpi: int) -> Image.Image:
-    """
-    Draws a legend of entries (colour, name, note), as large as the pictures of a sheet. The last line counts the
-    entries that do not fit.
-    """
+    """Draws entries (colour, name, note), as large as a picture. The last line counts those that do not fit."""
     scale = dpi / DPI
     size, line = _NOTE * scale, round(24 * scale)
     width = round(_PICTURE * scale)

@@ -37,8 +37,6 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     outweigh smaller features.
 
     Args:
-        model: model on its device.
-        processor: processor of the model.
         pairs: rows with an `image`. About a thousand are read, evenly spread if the data set has random access.
     """
     whiten = model.feature_model is not None and not model.feature_reduction.weight.any()

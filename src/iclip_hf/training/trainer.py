@@ -53,7 +53,6 @@ class ICLIPTrainer(Trainer):
     `Trainer` for [`ICLIPModel`]. It takes the arguments of the base class. These differ:
 
     Args:
-        args ([`ICLIPTrainingArguments`]): arguments of the training.
         data_collator ([`PairCollator`], *optional*): collator; by default one without nouns and augmentation.
         train_dataset: pairs of [`~iclip_hf.data.load_pairs`], [`CachedPairs`], [`StreamedPairs`], or any rows that the
             collator takes.
@@ -293,10 +292,7 @@ class ICLIPTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """
-        Like the base class. Measures retrieval by the recognition branch, and its loss, over all held-out pairs at
-        once. Measures the maps of a segmentation data set.
-        """
+        """Like the base class, and measures retrieval over all held-out pairs at once, and maps on masks."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if isinstance(dataloader.dataset, SegmentationDataset):
             measured = self._map_metrics(dataloader.dataset)
@@ -352,10 +348,7 @@ class ICLIPTrainer(Trainer):
 
     @torch.no_grad()
     def _pop_image_inputs(self, batch: dict) -> ImageInputs:
-        """
-        Removes the images from a batch, and returns what the loss reads of them: from cached features, or encoded
-        without gradients.
-        """
+        """Removes the images from a batch. Returns what the loss reads of them, cached or encoded."""
         if "image_features" in batch:
             features = batch.pop("image_features")
             return self.model.loss_inputs({name: values.to(self.model.dtype) for name, values in features.items()})

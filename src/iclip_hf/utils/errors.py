@@ -31,10 +31,7 @@ def loading_errors(name: str | Path, cure: str = "correct the name, or download 
 
 @contextmanager
 def require_extra(name: str) -> Iterator[None]:
-    """
-    Wraps imports of the packages of an extra. If one is missing, the `ImportError` names the command that installs all
-    of them.
-    """
+    """Makes the `ImportError` of a missing package name the command that installs its extra."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -21,9 +21,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """
-    Returns a Hub id unchanged, and only the last part of a path, because its folders may name the user.
-    """
+    """Returns a Hub id unchanged, and only the last part of a path, whose folders may name the user."""
     return name if is_hub_id(name) else Path(name).name
 
 

@@ -62,10 +62,7 @@ def _stem(data: str) -> str:
 
 
 def _locks_vision(values: Mapping) -> bool:
-    """
-    Whether the image tower is locked: by `model_options`, otherwise by the config.json of a model folder, or by
-    default.
-    """
+    """Whether the image tower is locked, by `model_options`, or else the config.json of a model folder."""
     model_options, model = parse_options(values.get("model_options", ())), values.get("model", "")
     if model and (file := Path(model, "config.json")).is_file():
         with loading_errors(model):

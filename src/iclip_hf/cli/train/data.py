@@ -34,10 +34,7 @@ class Data(NamedTuple):
 
 
 def open_pairs(sources: list[str], values: Mapping, **kwargs) -> PairDataset | PairStream:
-    """
-    Opens pairs by [`~iclip_hf.data.pairs.load_pairs`], with `kwargs` and those arguments of `iclip train` that it
-    takes, from their `values` by name.
-    """
+    """Opens pairs by [`load_pairs`], with `kwargs` and those of its arguments that are among the `values`."""
     names = ("split", "image_column", "caption_column", "seed", "max_bad_share")
     kwargs = {"streaming": False, **kwargs, **{name: values[name] for name in names if name in values}}
     return load_pairs(sources[0] if len(sources) == 1 else sources, **kwargs)

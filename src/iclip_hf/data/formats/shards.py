@@ -89,10 +89,7 @@ class TarRows(Sequence):
 
 
 def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """
-    Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other
-    members.
-    """
+    """Returns webdataset's key, the path up to the first dot, and the suffix; (None, "") if it is no part of a row."""
     folder, slash, name = member.name.rpartition("/")
     stem, dot, suffix = name.partition(".")
     if not member.isreg() or not stem or not dot:

@@ -15,19 +15,14 @@ from torch.nn import functional as F
 from transformers import (
     AltCLIPConfig,
     AltCLIPModel,
-    BertConfig,
-    CLIPImageProcessor,
     CLIPSegConfig,
     CLIPSegModel,
-    Dinov2Config,
     Siglip2Config,
     Siglip2ImageProcessor,
     Siglip2Model,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
 )
 
 from iclip_hf import explain, load
@@ -95,7 +90,7 @@ def test_legrads_mean_token_is_that_of_the_blocks(made, family):
             torch.testing.assert_close(_mean_mlp(mlp)(stream), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["altclip", "chinese_clip", "aimv2", "dual_encoder", "dual_encoder_vit"])
+@pytest.mark.parametrize("family", ["altclip", "chinese_clip", "aimv2", "dual_encoder_vit"])
 def test_a_folder_names_its_family(made, family, tmp_path):
     model, parts, size = made(family)
     names = {"altclip": "AltCLIP", "chinese_clip": "ChineseCLIP", "aimv2": "CLIP"}
@@ -158,17 +153,6 @@ def test_the_attention_of_a_mean_is_the_mean_attention_of_the_patches(made):
     torch.testing.assert_close(maps[:, 0].flatten(1), weights[:, 1:, 1:].mean(1), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["open_clip", "open_clip_eva02", "open_clip_relpos"])
-def test_gradient_checkpointing_does_not_disturb_gradients(made, family):
-    model, tokenizer, size = made(family)
-    texts = unit_texts(16)
-    expected, _ = raw_maps(make_explainer((model, tokenizer), "bi_modal", layer=0), pixels(size), texts)
-    model = copy.deepcopy(model)
-    model.set_grad_checkpointing(True)
-    found, _ = raw_maps(make_explainer((model, tokenizer), "bi_modal", layer=0), pixels(size), texts)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("library", ["transformers", "open_clip"])
 def test_the_side_is_a_multiple_of_the_patch(tiny_processor, library):
     """As SigLIP So400m at 384 pixels has patches of 14 pixels, whose convolution skips the last six."""
@@ -199,15 +183,11 @@ def test_a_model_of_one_size_says_so(made, family, side):
     [
         ("ViT-B-16-quickgelu", "naclip", 224, 16),
         ("RN50", "maskclip", 224, 32),
-        ("coca_ViT-B-32", "naclip", 224, 32),
         ("ViT-SO400M-14-SigLIP-384", "naclip", 378, 14),
-        ("ViT-B-32-SigLIP2-256", "naclip", 256, 32),
         ("PE-Core-T-16-384", "naclip", 384, 16),
         ("EVA02-B-16", "naclip", 224, 16),
-        ("MobileCLIP-B", "naclip", 224, 16),
         ("MobileCLIP2-S3", "itsm", 256, 64),
         ("ViTamin-S", "itsm", 224, 16),
-        ("ViT-L-14-CLIPA", "itsm", 224, 14),
         ("convnext_base_w_320", "itsm", 320, 32),
     ],
 )
@@ -251,9 +231,10 @@ def gemma_tokenizer(folder, **options):
     return len(vocabulary)
 
 
-@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
-@pytest.mark.parametrize("declared", ["GemmaTokenizer", "Siglip2Tokenizer"])
-@pytest.mark.parametrize("saved_again", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "declared", "saved_again"),
+    [("siglip", "GemmaTokenizer", True), ("siglip2", "GemmaTokenizer", False), ("siglip2", "Siglip2Tokenizer", True)],
+)
 def test_texts_of_siglip_are_the_same_by_either_library(tmp_path, kind, declared, saved_again):
     """Whatever tokenizer a folder names, and with the left padding and the mask that it has when it is saved again."""
     open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
@@ -281,9 +262,6 @@ def test_texts_of_siglip_are_the_same_by_either_library(tmp_path, kind, declared
     inputs = load(folder, device="cpu").processor(labels=texts, templates=["{}"])
     tokenizer = open_clip.tokenizer.HFTokenizer(str(tmp_path / "open_clip"), context_length=12, clean="canonicalize")
     assert inputs["input_ids"].tolist() == tokenizer(texts).tolist() and "attention_mask" not in inputs
-    assert (
-        tokenizer.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True).replace(" ", "") == "eiffeltower"
-    )
 
 
 def test_a_text_tower_like_roberta_counts_its_positions_from_the_padding(tiny_processor, caplog):
@@ -307,19 +285,9 @@ def test_models_that_cannot_be_explained_say_why(tmp_path, tiny_processor):
     with pytest.raises(TypeError, match="CLIPSegModel .*openai/clip-vit-base-patch16"):
         load((model, tiny_processor))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="type clipseg: .*openai/clip-vit-base-patch16"):
-        check_model_name(str(tmp_path), MODEL_TYPES)
-    with pytest.raises(ValueError, match="expected a model of type iclip, but got one of type clipseg"):
-        check_model_name(str(tmp_path), ("iclip",))
-
-
-def test_a_dual_encoder_has_a_tower_that_is_known(tiny_processor):
-    vision = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
-    text = BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=64)
-    model = VisionTextDualEncoderModel(VisionTextDualEncoderConfig.from_vision_text_configs(vision, text))
-    processor = SimpleNamespace(image_processor=CLIPImageProcessor(), tokenizer=tiny_processor.tokenizer)
-    with pytest.raises(ValueError, match="CLIP's or a ViT, not dinov2"):
-        load((model, processor))
+    for types in (MODEL_TYPES, ("iclip",)):
+        with pytest.raises(ValueError, match="type clipseg"):
+            check_model_name(str(tmp_path), types)
 
 
 @pytest.mark.parametrize("part", ["gamma_1", "gate"])
@@ -328,13 +296,4 @@ def test_blocks_of_timm_that_cannot_be_recorded_are_refused(tiny_processor, part
     block = model.visual.trunk.blocks[-1]
     setattr(block if part == "gamma_1" else block.attn, part, nn.Parameter(torch.ones(32)))
     with pytest.raises(TypeError, match="EvaBlock of timm"):
-        load((model, tokenizer))
-
-
-def test_swin_of_open_clip_says_why(tiny_processor):
-    from timm.models.swin_transformer import SwinTransformer
-
-    model, tokenizer, _ = tiny_timm("siglip", tiny_processor.tokenizer)
-    model.visual.trunk = SwinTransformer(32, 4, embed_dim=16, depths=(1,), num_heads=(2,), window_size=4)
-    with pytest.raises(TypeError, match="SwinTransformer.* windows"):
         load((model, tokenizer))

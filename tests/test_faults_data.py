@@ -2,14 +2,12 @@
 
 import json
 import os
-import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from fault_inputs import PHOTO, PHOTO_PNG, encoded, index_mask, masks_folder, png, tar, written
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from iclip_hf.backends.loading import load_pretrained
@@ -89,8 +87,7 @@ HEADER, ROW = b"file_name,caption\n", b"photo.png,a dog\n"
 UTF_16 = "dog".encode("utf-16")
 BAD_JSON = ['{"per_class": {"itsm": [{"na', '{"a": {"b": [1, null, "x"]}}']
 
-BAD_NOUNS = ["(above)", "floor (background, below)", "# animals", "cat # an animal", "cat (foo)", "cat (above"]
-BAD_NOUNS += ["lamp (above) (below)", "cat, mouse", "---", "Dog (3)", "sky"]
+BAD_NOUNS = ["(above)", "floor (background, below)", "# animals", "cat (foo)", "cat, mouse", "Dog (3)", "sky"]
 
 # By the reader and what the error names, one of the words.
 REFUSED = {
@@ -98,7 +95,6 @@ REFUSED = {
         b"",
         index_mask(np.full((24, 30), 7, np.uint8)),  # a class that is not listed
         PHOTO_PNG,  # colours
-        index_mask(np.full((24, 30), 1, np.uint16)),
         index_mask(np.ones((24, 30), bool)),  # one bit for two classes
     ],
     (image_of_mask, "image.png"): [encoded(PHOTO.resize((31, 24)))],
@@ -106,10 +102,8 @@ REFUSED = {
     (classes, "classes.txt"): [
         "",
         UTF_16,
-        "dog\n\ncat",
         "dog\ncat\ndog",
         "_background_\ndog",  # of labelme
-        "0: background\n1: dog",
         "\n".join(map(str, range(300))),
     ],
     (coco, "instances_val2017.json image.png absent.png"): [
@@ -117,50 +111,39 @@ REFUSED = {
         {"images": [PICTURE | {"height": 23}]},
         {"images": [PICTURE | {"file_name": "absent.png"}]},
         {"annotations": [POLYGON | {"category_id": 4}]},
-        {"annotations": [POLYGON | {"image_id": 6}]},
         {"annotations": [POLYGON | {"segmentation": []}]},  # boxes alone
         {"annotations": [POLYGON | {"segmentation": {"size": [30, 24], "counts": [20, 700]}}]},
     ],
     (overrides, "names.json names.yaml"): [
         *BAD_JSON,
         {"names": {"no class": "dog"}},
-        {"names": ["dog", "cat"]},
-        {"names": {"dog": False}},
         {"names": {"dog": "cat"}},
         {"names": {"dog": " "}},
-        "a: {}\n---\nb: {}",
     ],
-    (overrides, "template"): [{"templates": None}, {"templates": {"a {}": 1}}],
+    (overrides, "template"): [{"templates": {"a {}": 1}}],
     (pairs("a.tar"), "a.tar"): [
         b"",
-        tar(*PAIR, mode="w:gz"),
         tar(*PAIR)[:700],
         tar(PAIR[0], ("a.txt", UTF_16)),
         tar(PAIR[0], ("a.json", "{")),
     ],
     (pairs("a.csv"), "a.csv absent.png"): [
-        b"",
         HEADER,
         ROW,
         HEADER + b"photo.png,\n",
-        HEADER + b",a dog\n",
         HEADER + b"absent.png,a dog\n",
         HEADER + b"https://127.0.0.1:9/a.png,a dog\n",
         (HEADER + ROW).decode().encode("utf-16"),
-        b"file_name,caption,caption\nphoto.png,a dog,\n",
         HEADER + b"photo.png,\"['a dog', 'a cat']\"\n",  # a list of Python
     ],
     (pairs("a.jsonl"), "a.jsonl"): [*BAD_JSON, '{"file_name": "photo.png", "captions": {"a": 1}}'],
-    (nouns, "nouns.txt"): ["\n", UTF_16, "dog".encode("utf-16-le"), "café".encode("latin-1")],
+    (nouns, "nouns.txt"): ["\n", UTF_16, "café".encode("latin-1")],
     (nouns, "3:"): [f"dog\nsky (background) (above)\n{line}\n" for line in BAD_NOUNS],  # of the third line
     (results, "written.json"): [*BAD_JSON, '{"protocol": {}, "results": []}'],
     (image, "image.png"): [
         b"",
-        png(0, 8),
-        png(8, 8),
         PHOTO_PNG[: len(PHOTO_PNG) // 2],
         png(60_000, 60_000),
-        encoded(Image.fromarray(np.full((5, 5), np.nan, np.float32)), "TIFF"),
         b'<svg xmlns="http://www.w3.org/2000/svg"/>',
     ],
 }
@@ -185,46 +168,30 @@ def test_the_error_names_the_file(sandbox, read, content, names):
         (classes, "\ufeffdog\r\ncat\r\n"),
         (coco, {"annotations": [POLYGON, POLYGON | {"id": 8, "segmentation": []}]}),
         (pairs("a.csv"), b"file_name,caption,,\nphoto.png,a dog,,\n"),  # of a spreadsheet
-        (pairs("a.tar"), tar(("../../a.png", PHOTO_PNG), ("../../a.txt", "a dog"))),
     ],
 )
 def test_what_is_unusual_is_read(sandbox, read, content):
     read(sandbox / "case", content)
 
 
-class Trap:
-    """Leaves a folder behind when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("unpickled",)
-
-
 def edited_weights(edit):
     def damage(folder):
         weights = load_file(folder / "model.safetensors")
-        edit(weights["recognition.visual_projection.weight"], weights)
+        edit(weights, "recognition.visual_projection.weight")
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
     return damage
-
-
-def pickled(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
 
 
 DAMAGES = {
     "missing": shutil.rmtree,
     "no config": lambda folder: (folder / "config.json").unlink(),
     "half a config": lambda folder: os.truncate(folder / "config.json", 100),
-    "config of another model": lambda folder: written(folder, '{"model_type": "bert"}', "config.json"),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "half of the weights": lambda folder: os.truncate(folder / "model.safetensors", 9999),
-    "weights of another shape": edited_weights(
-        lambda weight, weights: weights.update({"recognition.visual_projection.weight": torch.zeros(3, 3)})
-    ),
-    "weights hold NaN": edited_weights(lambda weight, weights: weight[0].fill_(torch.nan)),
-    "pickled weights": pickled,
+    "weights of another shape": edited_weights(lambda weights, name: weights.update({name: torch.zeros(3, 3)})),
+    "weights hold NaN": edited_weights(lambda weights, name: weights[name][0].fill_(torch.nan)),
+    "pickled weights": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
     "no processor": lambda folder: (folder / "processor_config.json").unlink(),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("*token*")],
 }
@@ -239,7 +206,7 @@ def test_a_damaged_model_folder_is_named(world, sandbox, damage):
     assert not os.listdir(".")
 
 
-@pytest.mark.parametrize("source", ["", "absent.tar", ".", "{0..3}/{0..3}.tar", "nouns.txt", []])
+@pytest.mark.parametrize("source", ["", "absent.tar", ".", "{0..3}.tar", []])
 def test_pairs_that_are_not_there(sandbox, source):
     with pytest.raises((ValueError, OSError)):
         load_pairs(source)

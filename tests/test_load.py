@@ -2,7 +2,6 @@
 
 import base64
 import io
-import itertools
 import json
 import pickle
 import shutil
@@ -29,7 +28,7 @@ from transformers import (
     pipeline,
 )
 
-from iclip_hf import ICLIPModel, ICLIPProcessor, load
+from iclip_hf import ICLIPModel, load
 from iclip_hf import explainers as registry
 from iclip_hf.backends import check_model_name, loading
 from iclip_hf.backends.explainable import RecordableModel
@@ -56,15 +55,9 @@ def test_every_source_gives_the_same_model(world):
         torch.testing.assert_close(found.raw_maps.cpu(), expected.raw_maps, atol=1e-4, rtol=0)
     assert by_name.identity["weights"] == loaded.identity["weights"] and loaded.identity is loaded.identity
     assert load(world.folder / "model", dtype="bfloat16").identity["dtype"] == "bfloat16"
-    with pytest.raises(ValueError, match="dtype 'bf16'; did you mean 'bfloat16'?"):
-        load(world.folder / "model", dtype="bf16")
-
-
-def test_a_model_in_memory_keeps_its_dtype_and_device(world):
-    for source in ((world.model, world.processor), load((world.model, world.processor))):
-        for option, value in (("dtype", "float16"), ("device", "cpu")):
-            with pytest.raises(ValueError, match=f"{value} was given"):
-                load(source, **{option: value})
+    for option, value in (("dtype", "float16"), ("device", "cpu")):
+        with pytest.raises(ValueError, match=f"{value} was given"):
+            load(loaded, **{option: value})
 
 
 def test_a_loaded_model_can_be_pickled(world):
@@ -87,9 +80,9 @@ def test_models_of_other_types_are_refused_by_their_config(offline, tmp_path):
     config.save_pretrained(tmp_path / "bert")
     snapshot = offline / "models--org--bert" / "snapshots" / ("0" * 40)
     config.save_pretrained(snapshot)
-    (offline / "models--org--bert" / "refs").mkdir()
-    (offline / "models--org--bert" / "refs" / "main").write_text("0" * 40)
-    for name, loader in itertools.product((tmp_path / "bert", "org/bert"), (load, load_iclip)):
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    for name, loader in ((tmp_path / "bert", load), ("org/bert", load_iclip)):
         with pytest.raises(ValueError, match=f"{name}: expected a model of type iclip.*, but got one of type bert"):
             loader(name)
 
@@ -152,44 +145,28 @@ def test_without_the_hub_a_model_is_refused_at_once(offline, monkeypatch):
 # ------------------------------------------------------------------------------------- whole folders, and nothing else
 
 
-def copied(world, folder, **edits):
-    """The tiny model's folder with entries of its JSON files edited, by the file's stem."""
-    shutil.copytree(world.folder / "model", folder)
-    for stem, changes in edits.items():
-        file = folder / f"{stem}.json"
-        file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
-    return folder
-
-
-def test_a_tower_may_have_a_few_embeddings_more_than_its_tokenizer_tokens(world, tmp_path):
-    folder = copied(world, tmp_path / "model")
-    (folder / "tokenizer.json").unlink()
-    (tmp_path / "vocab.txt").write_text("\n".join(words(63)))
-    BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(folder)
-    assert len(load(folder).processor.tokenizer) == 63
-
-
 def words(count: int, first: str = "a photo of dog [PAD] [UNK] [CLS] [SEP] [MASK]") -> list[str]:
     return [*first.split(), *(f"word{number}" for number in range(count))][:count]
 
 
-@pytest.mark.parametrize("count", [0, 40, 1000])
+@pytest.mark.parametrize("count", [0, 40, 63, 1000])
 def test_a_tokenizer_fits_its_text_tower(world, tmp_path, count):
     """
-    One without words is what transformers makes of a folder that lacks tokenizer.json; the others are of other models.
+    One without words is what transformers makes of a folder that lacks tokenizer.json. The tower may have a few
+    embeddings more than there are tokens; 40 and 1000 tokens are of other models.
     """
-    folder = copied(world, tmp_path / "model")
+    folder = shutil.copytree(world.folder / "model", tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     if count:
         (tmp_path / "vocab.txt").write_text("\n".join(words(count)))
         BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    if count == 63:
+        assert len(load(folder).processor.tokenizer) == 63
+        return
     doors = [load, load_iclip, partial(pipeline, "image-text-similarity-map")]
-    for door in doors if count else [*doors, ICLIPProcessor.from_pretrained, AutoProcessor.from_pretrained]:
+    for door in doors if count else [*doors, AutoProcessor.from_pretrained]:
         with pytest.raises(ValueError, match=r"model: expected the tokenizer of the model, .* such as tokenizer.json"):
             door(str(folder))
-    if count:
-        with pytest.raises(ValueError, match=f"has {count} tokens where the model has 64"):
-            load((world.model, ICLIPProcessor.from_pretrained(folder)))
 
 
 def test_an_image_comes_in_any_form(world, tmp_path):
@@ -201,15 +178,14 @@ def test_an_image_comes_in_any_form(world, tmp_path):
     data = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     forms = [tmp_path / "a.png", str(tmp_path / "a.png"), data, array, file.getvalue()]
     forms += [torch.from_numpy(array.copy()).movedim(-1, 0), array / 255]
-    for found in [*(explain(model, form, "dog") for form in forms), *explain(model, forms, ["dog"])]:
-        assert found.size == (40, 60)
-        torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-5, rtol=0)
+    found = [explain(model, str(tmp_path / "a.png"), "dog")]
+    for column in (forms, pd.Series(forms), np.array([str(tmp_path / "a.png")] * 2)):
+        found += explain(model, column, "dog")
+    assert len(found) == 1 + 2 * len(forms) + 2
+    for one in found:
+        assert one.size == (40, 60)
+        torch.testing.assert_close(one.raw_maps, expected.raw_maps, atol=1e-5, rtol=0)
     assert len(explain(model, np.stack([array] * 2), [["dog"], ["cat", "sky"]])) == 2
-    paths = [str(tmp_path / "a.png")] * 2
-    for column in (np.array(paths), np.array(paths, object), pd.Series(paths), pd.Series(forms)):
-        for found in explain(model, column, ["dog"]):
-            torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-5, rtol=0)
-        assert len(explain(model, column, ["dog"])) == len(column)
     gray = explain(model, array[..., :1], ["dog"])
     torch.testing.assert_close(gray.raw_maps, explain(model, PHOTO.getchannel(0), ["dog"]).raw_maps)
 
@@ -264,9 +240,6 @@ def test_a_processor_of_another_kind_is_refused(world):
     for processor in (CLIPProcessor(**parts), *parts.values()):
         with pytest.raises(ValueError, match=f"expected an ICLIPProcessor, got {type(processor).__name__}"):
             load((world.model, processor))
-    clip = CLIPModel(CLIPConfig(vision_config=VISION["clip_vision_model"], text_config=TEXT["clip_text_model"]))
-    with pytest.raises(ValueError, match="expected the processor of the model, got CLIPImageProcessor"):
-        load((clip, parts["image_processor"]))
 
 
 # ------------------------------------------------------------------------------------------- methods and their options
@@ -276,11 +249,7 @@ def test_a_processor_of_another_kind_is_refused(world):
     ("options", "error", "message"),
     [
         ({"methd": "gem"}, TypeError, "'methd'; did you mean 'method'"),
-        ({"multiscale": True}, TypeError, "'multiscale'; did you mean 'multi_scale'"),
-        ({"size": 448}, TypeError, "'size'; did you mean 'image_size'"),
         ({"method": "gem", "dept": 3}, TypeError, "'dept'; did you mean 'depth'"),
-        ({"sharpness": 3}, TypeError, "'sharpness'"),
-        ({"method": "GradCAM"}, ValueError, "'GradCAM'; did you mean 'grad_cam'"),
         ({"method": "magic"}, ValueError, "'magic'. Choose one of itsm, .*, random"),
     ],
 )
@@ -294,8 +263,7 @@ def test_names_differ_neither_by_case_nor_by_hyphens(world):
     typed = ["GRAD-CAM", "other_One", "Sharp", "sharp"]
     assert [known(name, names, "method") for name in typed] == ["grad_cam", "other-one", "Sharp", "sharp"]
     assert make_explainer((world.model, world.processor), "ITSM").name == "itsm"
-    assert [metric.name for metric in make_metrics("MMIOU")] == ["mMIoU"]
-    assert [metric.name for metric in make_metrics(["deletion-insertion"])] == ["deletion_insertion"]
+    assert [metric.name for metric in make_metrics(["MMIOU", "deletion-insertion"])] == ["mMIoU", "deletion_insertion"]
     assert make_metrics("segmentation", protocol="NACLIP")[0].protocol == "naclip"
     assert protocol_settings("SCLIP", "voc21") == protocol_settings("sclip", "voc21")
     assert (color_table("HEAT") == color_table("heat")).all()

@@ -1,7 +1,5 @@
 import copy
 import math
-import shutil
-from functools import partial
 
 import onnx
 import onnxruntime
@@ -26,15 +24,9 @@ TEXT = ("text_embeds", "map_text_embeds", "attention_weights")
 def model():
     """As the embedded model, with a feature tower, and trained values that are not those of its configuration."""
     options = {"max_over": "similarity", "center_tokens": True, "map_attention": "signed", "map_affinity": 10.0}
-    options |= {"recognition_pooling": "class_and_average", "recognition_share": 0.4}
-    options |= {
-        "map_cell_size": 10,
-        "peak_share": 0.3,
-        "image_hidden_size": 12,
-        "text_hidden_size": 20,
-        "logit_bias_init_value": -6.0,
-        "presence_bias": 0.5,
-    }
+    options |= {"recognition_pooling": "class_and_average", "recognition_share": 0.4, "map_cell_size": 10}
+    options |= {"peak_share": 0.3, "image_hidden_size": 12, "text_hidden_size": 20}
+    options |= {"logit_bias_init_value": -6.0, "presence_bias": 0.5}
     options |= {**FEATURES, "feature_image_mean": [0.1, 0.0, -0.1], "feature_image_std": [2.0, 1.0, 0.5]}
     model = tiny_model("dinov2", attention_norm="quantile", **options)
     with torch.no_grad():
@@ -54,15 +46,13 @@ def processor(tiny_processor):
 
 @pytest.fixture(scope="module")
 def folder(model, processor, tmp_path_factory):
-    return export_onnx(model, processor, tmp_path_factory.mktemp("onnx") / "exported")
-
-
-def test_an_exported_folder_names_no_code_of_the_folder_that_was_loaded(model, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "_write", lambda *_: None)  # the graphs
     named = copy.deepcopy(model)
-    named.config.auto_map = {"AutoConfig": "org/repo--trap.Config"}
-    export_onnx(named, processor, tmp_path / "exported")
-    assert "trap" not in "".join(file.read_text() for file in (tmp_path / "exported").glob("*.json"))
+    named.config.auto_map = {"AutoConfig": "org/repo--code.Config"}
+    return export_onnx(named, processor, tmp_path_factory.mktemp("onnx") / "exported")
+
+
+def test_an_exported_folder_names_no_code_of_the_folder_that_was_loaded(folder):
+    assert not any("org/repo" in file.read_text() for file in folder.glob("*.json"))
 
 
 def run(path, inputs):
@@ -101,18 +91,15 @@ def test_onnxruntime_agrees_at_any_number_length_and_size(model, folder):
     check_agreement(model, folder, images_and_texts())
 
 
-@pytest.mark.parametrize(
-    ("available", "used"), [(["Tensorrt", "CUDA", "CPU"], ["CUDA", "CPU"]), (["Azure", "CPU"], ["CPU"])], ids=str
-)
-def test_graphs_run_by_cuda_or_on_the_cpu(folder, monkeypatch, available, used):
-    names = [f"{name}ExecutionProvider" for name in available]
+def test_graphs_run_by_cuda_or_on_the_cpu(folder, monkeypatch):
+    names = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
     asked, session = [], onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda path, providers: asked.append(providers) or session(path)
     )
     ONNXModel(folder)
-    assert asked == 2 * [[f"{name}ExecutionProvider" for name in used]]
+    assert asked == [names[1:]] * 2
 
 
 @pytest.mark.slow
@@ -173,21 +160,11 @@ def test_the_configuration_holds_what_a_model_was_trained_to():
     assert model.config.logit_scale_init_value == 2.6592
 
 
-@pytest.mark.parametrize(
-    ("change", "weights", "said"),
-    [(lambda model: None, "int4", "int4"), (lambda model: model.half(), "int8", "float16")],
-)
-def test_what_cannot_be_exported_is_said_before(tiny_processor, tmp_path, monkeypatch, change, weights, said):
+def test_what_cannot_be_exported_is_said_before(tiny_processor, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "_vision_program", None)
-    model = tiny_model()
-    change(model)
-    with pytest.raises(ValueError, match=said):
-        export_onnx(model, tiny_processor, tmp_path / "exported", weights)
-
-
-def test_a_folder_has_its_precision(folder):
-    with pytest.raises(ValueError, match="bfloat16 was given with .*, which has its own"):
-        load(folder, dtype="bfloat16")
+    for model, weights, said in ((tiny_model(), "int4", "int4"), (tiny_model().half(), "int8", "float16")):
+        with pytest.raises(ValueError, match=said):
+            export_onnx(model, tiny_processor, tmp_path / "exported", weights)
 
 
 def test_a_damaged_graph_is_refused(folder, tmp_path):
@@ -198,34 +175,12 @@ def test_a_damaged_graph_is_refused(folder, tmp_path):
         load(tmp_path)
 
 
-def test_a_damaged_processor_is_refused_by_the_name_of_its_folder(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "damaged")
-    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged: expected a whole folder"):
-        load(tmp_path / "damaged")
-
-
-def test_nothing_half_written_stays(model, tiny_processor, tmp_path, monkeypatch):
-    def fail(model, inputs):
-        raise RuntimeError("no text side")
-
-    monkeypatch.setattr(onnx_export, "_vision_program", lambda model: None)
-    monkeypatch.setattr(onnx_export, "_write", lambda program, path, weights: path.write_text("half"))
-    monkeypatch.setattr(onnx_export, "_text_program", fail)
-    with pytest.raises(RuntimeError, match="no text side"):
-        export_onnx(model, tiny_processor, tmp_path / "exported")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "error"), [("bfloat16", 0.01), ("int8", 0.01)])
 def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weights, error):
     save(tmp_path / "model", model, tiny_processor)
-    capsys.readouterr()
     assert iclip("export", tmp_path / "model", tmp_path / "exported", "--format", f"onnx-{weights}") == 0
-    out, err = capsys.readouterr()
-    assert out.startswith(f"{tmp_path / 'exported'}: ") and "--model" in out
-    assert [line.rsplit(" (")[1] for line in err.splitlines() if " of 2)" in line] == ["1 of 2)", "2 of 2)"]
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'exported'}: ")
     for inputs in images_and_texts():
         file = "vision_model.onnx" if "pixel_values" in inputs else "text_model.onnx"
         name = "patch_embeds" if "pixel_values" in inputs else "map_text_embeds"
@@ -241,11 +196,11 @@ def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weight
 
 def test_what_looks_inside_the_tower_is_refused(folder, tiny_processor):
     loaded = load((ONNXModel(folder), tiny_processor))
-    refused = [partial(make_explainer, loaded, method) for method in set(METHODS).difference(WITHOUT_LAYERS)]
-    refused.append(partial(LayerRandomization, loaded))
-    for function in refused:
+    for method in set(METHODS).difference(WITHOUT_LAYERS):
         with pytest.raises(ValueError, match="needs the layers of a PyTorch model"):
-            function()
+            make_explainer(loaded, method)
+    with pytest.raises(ValueError, match="needs the layers of a PyTorch model"):
+        LayerRandomization(loaded)
 
 
 def test_faithfulness_is_measured_but_for_what_needs_layers(model, folder, tiny_processor, dataset):

@@ -149,10 +149,8 @@ def test_label_maps_are_those_of_the_authors_code(tiny_processor, tmp_path, pape
 
 def test_patches_without_a_proxy_value_are_the_first_class(tiny_processor, tmp_path):
     """Like NaN in the code of ProxyCLIP, which has no value if all similarities are below `beta` times their mean."""
-    given, options = (
-        deep_clip(tiny_processor),
-        {"proxy": str(save(tmp_path, proxy(), ViTImageProcessor(**IMAGENET))), "beta": 100.0},
-    )
+    folder = save(tmp_path, proxy(), ViTImageProcessor(**IMAGENET))
+    given, options = deep_clip(tiny_processor), {"proxy": str(folder), "beta": 100.0}
     pixels, texts = torch.zeros(1, 3, 128, 128), text_features(9)
     texts = ICLIPTextFeatures(text_embeds=texts, map_text_embeds=texts)
     for holes in (False, True):

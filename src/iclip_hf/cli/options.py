@@ -38,7 +38,6 @@ def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 
 @option_type
 def texts(typed: str) -> list[str]:
-    """Parses the texts of one option by [`split_texts`]."""
     # `check_text` refuses the empty text of an option without any.
     parsed = [check_text(text) for text in split_texts(typed) or [""]]
     if files := [text for text in parsed if os.path.splitext(text)[1] and os.path.isfile(text)]:
@@ -51,12 +50,6 @@ def template(text: str) -> str:
     """Checks a template, or the name of several templates."""
     check_templates(text)
     return text
-
-
-@option_type
-def method(name: str) -> str:
-    """Checks the name of a method of this package or of another one."""
-    return check_method(name)
 
 
 def name_of(names: Iterable[str], kind: str) -> Callable[[str], str]:
@@ -75,6 +68,7 @@ def number(kind: Callable[[str], Value], low: float, high: float = math.inf) -> 
     return option_type(parse)
 
 
+method = option_type(check_method)
 fraction, at_least_1, seed = number(float, 0, 1), number(int, 1), number(int, 0, MAX_SEED)
 
 

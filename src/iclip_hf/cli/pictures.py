@@ -83,6 +83,8 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     """
     from tqdm import tqdm
 
+    from ..explainers import make_explainer
+    from ..model.engine import Engine
     from ..model.images import open_image
     from ..model.words import explain_words
     from ..utils.files import free_name
@@ -92,7 +94,9 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     if is_single and not is_url(names[0]):
         open_image(names[0], decode=False)  # raises before the model is loaded
     picture, folder = _outputs(args, kind, names, is_single)
-    engine = _load_engine(args)
+    explainer = make_explainer(load_model(args.model, args), args.method)
+    settings = args.templates, args.image_size, args.refine, args.multi_scale
+    engine = Engine(explainer.model, explainer.model.processor, explainer, *settings)
     if args.min_presence is None:
         args.min_presence = engine.model.min_presence
     texts = _texts(args, engine)
@@ -182,15 +186,6 @@ def _outputs(
 def _plural(kind: str) -> str:
     """Returns the name of a folder or file with the entries of several images."""
     return f"{kind.removesuffix('s')}s"
-
-
-def _load_engine(args: argparse.Namespace) -> Engine:
-    from ..explainers import make_explainer
-    from ..model.engine import Engine
-
-    explainer = make_explainer(load_model(args.model, args), args.method)
-    settings = args.templates, args.image_size, args.refine, args.multi_scale
-    return Engine(explainer.model, explainer.model.processor, explainer, *settings)
 
 
 def _printed(entry: dict, texts: _Texts, min_presence: float) -> list[str]:

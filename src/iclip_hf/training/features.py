@@ -126,8 +126,9 @@ class FeatureStore:
         """
         state = partial_state("train")
         self.reload()
-        # Only one process looks for missing keys, because another run may add some before a second process looks.
-        missing = broadcast_from_main(self._missing(keys) if state.is_main_process else None)
+        # What the first process misses counts, because another run may add features before the others look.
+        distinct, first = np.unique(np.array(keys, "S32"), return_index=True)
+        missing = broadcast_from_main(np.sort(first[self.find(distinct) < 0]))  # items, in order
         part = missing[state.process_index :: state.num_processes]
         batches = [part[start : start + batch_size].tolist() for start in range(0, len(part), batch_size)]
         loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
@@ -148,11 +149,6 @@ class FeatureStore:
         state.wait_for_everyone()
         self.reload()
         return self.find(keys)
-
-    def _missing(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Returns, in order, the index of the first item of each key without features."""
-        distinct, first = np.unique(np.array(keys, "S32"), return_index=True)
-        return np.sort(first[self.find(distinct) < 0])
 
     def _add_batches(self, batches: Sequence[tuple[list[bytes], dict[str, np.ndarray]]]) -> None:
         """Adds batches of keys and their features by name, in one file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,11 +39,9 @@ def web_server(folder: Path, host: str = "127.0.0.1", port: int | None = None) -
     if not (folder / "settings.json").is_file():
         raise ValueError(f"{folder}: expected a folder of `iclip export --format web`, but it has no page; name one.")
     handler = partial(_Handler, directory=str(folder))
-    for candidate in range(7860, 7960) if port is None else [port]:
-        try:
+    if port is not None:
+        return ThreadingHTTPServer((host, port), handler)
+    for candidate in range(7860, 7960):
+        with suppress(OSError):
             return ThreadingHTTPServer((host, candidate), handler)
-        except OSError as error:
-            problem = error.strerror
-            if error.errno != errno.EADDRINUSE:  # such as an unknown host, for which no port works
-                break
-    raise OSError(f"{host}:{candidate}: cannot listen on this address and port: {problem}.")
+    return ThreadingHTTPServer((host, 0), handler)  # any port, or the error of a host that is none

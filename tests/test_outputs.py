@@ -178,13 +178,13 @@ def test_a_command_may_be_repeated_and_replaces_only_what_the_user_named(world, 
 
 def test_reports_at_once_do_not_share_a_folder(world, mine, capsys, monkeypatch):
     """While a model is loaded, another command begins to write into the folder."""
-    load_engine = pictures._load_engine
+    load_model = pictures.load_model
 
-    def load_late(args):
+    def load_late(name, args):
         (mine / "report" / "images").mkdir(parents=True)
-        return load_engine(args)
+        return load_model(name, args)
 
-    monkeypatch.setattr(pictures, "_load_engine", load_late)
+    monkeypatch.setattr(pictures, "load_model", load_late)
     assert typed(world, "explain photo.jpg SEE --report report") == 2
     assert "this folder holds other files, such as images" in capsys.readouterr().err
     assert not any((mine / "report" / "images").iterdir())

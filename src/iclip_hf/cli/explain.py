@@ -74,16 +74,16 @@ class _Report:
     """The report of all images of a command, see [`ReportFolder`]."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.rows = folder, []
         self.image_names: list[str] = []
         self.text_indices: dict[str, int] = {}
-        self.rows: list[list] = []
-        self.made_by, self.refined = "", False
 
     @cached_property
     def report_folder(self):
         from ..plots.report import ReportFolder
+        from ..utils.files import check_new_folder
 
+        check_new_folder(self.folder)  # again, because another command may have begun to write it
         return ReportFolder(self.folder)
 
     def add(self, name: str, explanation) -> None:
@@ -117,7 +117,6 @@ class _Report:
 
 
 def _save_arrays(explanation, path: Path) -> None:
-    """Writes scores, raw maps and masks."""
     import numpy as np
 
     with path.open("wb") as file:  # numpy would add a suffix to a file name

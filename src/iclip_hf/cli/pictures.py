@@ -189,7 +189,6 @@ def _plural(kind: str) -> str:
 
 
 def _printed(entry: dict, texts: _Texts, min_presence: float) -> list[str]:
-    """Returns the lines that are printed for an image."""
     files = ", ".join(entry[name] for name in ("picture", "labels", "arrays") if name in entry)
     is_segmentation = "segments" in entry
     headings = [*texts.headings, "score", "share of the image" if is_segmentation else "regions"]

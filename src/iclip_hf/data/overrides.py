@@ -80,7 +80,6 @@ def _read_class_lines(path: Path, dataset: str, class_names: Sequence[str]) -> M
 
 
 def _read_mapping(path: Path) -> Mapping:
-    """Reads a JSON or YAML file."""
     import yaml
 
     parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load

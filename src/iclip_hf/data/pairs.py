@@ -168,7 +168,6 @@ class PairDataset(Epochs):
         return RawPair(image, image_name, texts, key)
 
     def _rows_of(self, image_index: int) -> tuple[Source, list[int]]:
-        """Returns the source of an image, and the indices of its rows there."""
         source_index = np.searchsorted(self._ends, image_index, side="right")
         source = self.sources[source_index]
         first_image = self._ends[source_index] - source.num_images

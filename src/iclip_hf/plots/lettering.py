@@ -92,7 +92,6 @@ def _font_with(character: str, bold: bool) -> str:
 
 @cache
 def _installed_fonts() -> list[str]:
-    """Returns the fonts of `_MORE_SCRIPTS` that this machine has."""
     paths = []
     for name in _MORE_SCRIPTS:
         with suppress(OSError):  # Pillow looks for the name in the folders of the system

@@ -256,7 +256,6 @@ def _aspect(pictures: Sequence[Image.Image | None]) -> float:
 
 
 def _title_block(text: str, width: int, scale: float) -> Image.Image:
-    """Draws a title and its notes."""
     title, _, notes = text.partition("\n")
     title = fitted(title, _TITLE * scale, width, 3, bold=True)
     notes = fitted(notes, _NOTE * scale, width, 2)

@@ -160,7 +160,6 @@ class FeatureStore:
 
 @lru_cache(maxsize=100)  # a large cache has more files than a process may keep open
 def _records_of(file: Path) -> np.ndarray:
-    """Maps a file of records into memory."""
     return np.load(file, mmap_mode="r")
 
 

@@ -39,7 +39,6 @@ def read_table(path: Path, columns: Columns) -> Source:
 
 
 def _json_rows(file: TextIO) -> Iterator[dict]:
-    """Yields the rows of a .jsonl."""
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
@@ -52,7 +51,6 @@ def _json_rows(file: TextIO) -> Iterator[dict]:
 
 
 def _csv_rows(file: TextIO) -> Iterator[dict]:
-    """Yields the rows of a .csv or .tsv."""
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if file.name.lower().endswith(".csv"):
         dialect = {"delimiter": max(",;\t", key=file.readline().count), "skipinitialspace": True, "strict": True}

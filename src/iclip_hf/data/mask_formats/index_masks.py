@@ -106,7 +106,6 @@ def _value_table(layout: Layout, num_classes: int) -> np.ndarray:
 
 
 def has_index_masks(root: Path, layout: Layout, split: str | None) -> bool:
-    """Returns whether there are masks of a layout."""
     return bool(_find_files(root, layout.masks, split)[1])
 
 
@@ -146,7 +145,6 @@ def _around(pattern: str) -> tuple[str, str]:
 
 
 def _read_class_names(path: Path) -> list[str]:
-    """Reads the names of the classes of a folder of masks."""
     names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     # labelme writes "_background_", and others number the classes, as in "0: background".
     has_background = names[:1] and names[0].strip("_0:.,; \t").lower() == "background"

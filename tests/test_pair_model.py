@@ -240,12 +240,10 @@ def test_noun_prompts_teach_the_recognition_branch():
         logits = model(**batch).logits_per_image[:, [3 + prompt for prompt in FIRST]]
     positives = noun_labels > 0
     loss = (multi_positive_loss(logits, positives) + multi_positive_loss(logits.mT, positives.mT)).item() / 2
-    plain = outputs_of(
-        model, {**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
-    )
-    assert outputs["branch_losses"][0].item() == pytest.approx(
-        0.3 * plain["branch_losses"][0].item() + 0.7 * loss, abs=1e-5
-    )
+    captions = {name: batch[name][:3] for name in ("input_ids", "attention_mask")}
+    plain = outputs_of(model, {**batch, **captions})
+    expected = 0.3 * plain["branch_losses"][0].item() + 0.7 * loss
+    assert outputs["branch_losses"][0].item() == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(outputs["branch_losses"][1], plain["branch_losses"][1], atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs["text_embeds"][:3], plain["text_embeds"], atol=1e-5, rtol=0)
 
@@ -287,28 +285,22 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     options = {"max_over": "similarity", "map_attention": "signed"}
     model, batch = tiny_model(**options), tiny_inputs(3, 7)
     noun_labels = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.int8)
-    nouns = {
-        "noun_ids": torch.arange(4) % 3,
-        "is_background": torch.tensor([False, True, False, False]),
-        "place": torch.zeros(4),
-        "noun_labels": noun_labels,
-    }
-    learns = {"noun_weight": 1.0}
+    marks = {"is_background": torch.tensor([False, True, False, False]), "place": torch.zeros(4)}
+    nouns = {"noun_ids": torch.arange(4) % 3, "noun_labels": noun_labels, **marks}
     with torch.no_grad():
         image = model.get_image_features(batch["pixel_values"])
         model.attention_direction.copy_(torch.linspace(-0.05, 0.05, model.config.projection_dim))
         texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
         batch["nouns"] = nouns
-        outputs = {share: outputs_of(model, batch, **learns, noun_competition=share) for share in (0, 0.25, 1)}
+        outputs = {share: outputs_of(model, batch, noun_weight=1.0, noun_competition=share) for share in (0, 0.25, 1)}
     cosines = (image.patch_embeds.flatten(1, 2) @ texts.T).double()
     seen = (1 - image.attention.double()) ** 8 + 1e-6
     prior = torch.full_like(cosines, 1 / cosines.shape[1])
     prior[..., 1] = seen / seen.sum(1, keepdim=True)
     pooled = (prior * (10 * cosines).exp()).sum(1).log() / 10
     scale, positives = model.interpretability.logit_scale.exp().double(), noun_labels > 0
-    contrast = (
-        multi_positive_loss(scale * pooled, positives) + multi_positive_loss(scale * pooled.T, positives.T)
-    ) / 2
+    both = multi_positive_loss(scale * pooled, positives), multi_positive_loss(scale * pooled.T, positives.T)
+    contrast = sum(both) / 2
     shares = (20 * cosines).exp()
     shares = (prior * shares / shares.sum(-1, keepdim=True)).sum(1)
     competition = -sum((shares[i].log() * noun_labels[i]).sum() / noun_labels[i].sum() for i in range(3)) / 3
@@ -337,11 +329,8 @@ def test_the_direction_of_the_attention_learns_from_texts_and_does_not_teach_the
 def test_kept_presence_is_the_divergence_from_that_at_the_start():
     """By hand, over images and texts; its gradient goes to the branch alone."""
     branch, draws = tiny_model(logit_bias_init_value=-2).recognition, torch.Generator().manual_seed(0)
-    projections = (branch.visual_projection, branch.text_projection)
-    images, texts = (
-        torch.randn(count, projection.weight.shape[1], generator=draws)
-        for count, projection in zip((3, 5), projections)
-    )
+    images = torch.randn(3, branch.visual_projection.weight.shape[1], generator=draws)
+    texts = torch.randn(5, branch.text_projection.weight.shape[1], generator=draws)
     kept = KeptPresence(branch, texts)
     assert kept(branch, images).item() == pytest.approx(0, abs=1e-6)
 

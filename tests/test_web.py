@@ -514,9 +514,7 @@ def test_on_a_phone_with_the_keyboard(browser, url, model, processor, photos):
         assert abs(page.locator("#viewer").bounding_box()["y"]) < 100
         assert page.evaluate("document.documentElement.scrollWidth") == 390
 
-        # Every control has a name, and the arrow keys read all maps at one place.
-        names = page.evaluate("[...document.querySelectorAll('input, textarea')].map(field => field.labels.length)")
-        assert names and all(names)
+        # The arrow keys read all maps at one place.
         page.locator(".stack").nth(0).focus()
         for _ in range(4):
             page.keyboard.press("ArrowLeft")
@@ -593,9 +591,10 @@ def test_the_command_serves_a_page(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().strip()
         with urllib.request.urlopen(f"{address}worker.js") as answer:
-            assert answer.headers["Content-Type"].startswith("text/javascript")
-            assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+            headers = answer.headers
         process.terminate()
+    assert headers["Content-Type"].startswith("text/javascript")
+    assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
 
 
 @pytest.mark.slow

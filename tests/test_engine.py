@@ -35,7 +35,7 @@ from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import at_prior, presence_text
 from iclip_hf.model.prompts import split_texts
 from iclip_hf.model.regions import find_regions, run_lengths
-from iclip_hf.model.similarity import resize_and_normalize
+from iclip_hf.model.similarity import _bicubic_weights, resize_and_normalize
 from iclip_hf.utils.prefetch import prefetch_map
 
 
@@ -139,6 +139,20 @@ def test_images_of_a_shape_with_equally_many_texts_share_a_forward(tiny_processo
     assert [one.raw_maps.shape for one in found[:3]] == [(3, 4, 6), (3, 7, 4), (1, 4, 6)]
     assert found[6].labels == ["car", "dog"]
     torch.testing.assert_close(found[6].raw_maps, found[0].raw_maps[[2, 0]], atol=1e-5, rtol=0)
+
+
+def test_explanations_do_not_depend_on_the_default_dtype(tiny_processor):
+    """A program may set another one for a language model."""
+    model, found = load((tiny_model(logit_bias_init_value=0.0), tiny_processor)), []
+    for default in (torch.float32, torch.bfloat16):
+        _bicubic_weights.cache_clear()
+        torch.set_default_dtype(default)
+        try:
+            one = explain(model, IMAGES[0], {"dog": 0.1, "red ball": 0.7}, "competing_itsm")
+            found.append((one.presence, one.maps, one.label_map()))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,8 @@ def test_the_loss_reads_patches_that_the_image_tower_chooses():
         chosen = representative_patches(own, model.normalized_attention(image), GRID, 6)
         model.config.recognition_share = 0.0
         of_all = model.get_image_features(pixel_values).patch_embeds.flatten(1, 2)
-    for patches, places in (
-        (inputs.representative_tokens, chosen),
-        (inputs.even_tokens, even_patches(GRID).expand(2, -1)),
-    ):
+    even = even_patches(GRID).expand(2, -1)
+    for patches, places in ((inputs.representative_tokens, chosen), (inputs.even_tokens, even)):
         assert patches.shape == (2, places.shape[1], 38)
         expected = of_all.take_along_dim(places.unsqueeze(-1), 1)
         torch.testing.assert_close(model.map_branch.embed_image(patches), expected, atol=1e-5, rtol=1e-4)
@@ -315,8 +313,8 @@ def test_a_missing_package_is_named(tmp_path, tiny_processor, monkeypatch):
 def test_a_new_model_has_the_patches_of_both_towers(towers, tmp_path):
     (tmp_path / "config").mkdir()
     options = "[vision_downsampling=2, feature_dim=6]"
-    lines = [*map("{}: {}".format, ("vision", "text"), towers), f"model_options: {options}"]
-    (tmp_path / "config" / "train.yaml").write_text("\n".join(lines))
+    lines = f"vision: {towers[0]}\ntext: {towers[1]}\nmodel_options: {options}"
+    (tmp_path / "config" / "train.yaml").write_text(lines)
     init_model(tmp_path / "config", tmp_path / "new", feature_tower=towers[2])
     loaded = load(tmp_path / "new")
     assert loaded.processor.patch_size == 16 and loaded.network.config.patch_dim == 38
@@ -328,9 +326,7 @@ def test_a_new_model_has_the_patches_of_both_towers(towers, tmp_path):
         init_model(tmp_path / "new", tmp_path / "again", *towers[:2])
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert str(tmp_path) not in json.dumps(config)
-    np.testing.assert_allclose(
-        config["feature_image_std"], [s / t for s, t in zip((0.1, 0.2, 0.3), CLIP_STD)], rtol=1e-3
-    )
+    np.testing.assert_allclose(config["feature_image_std"], np.divide((0.1, 0.2, 0.3), CLIP_STD), rtol=1e-3)
 
 
 def test_a_moved_training_keeps_the_whitening_of_its_start(hub, towers, tmp_path, monkeypatch):
@@ -348,7 +344,5 @@ def test_a_moved_training_keeps_the_whitening_of_its_start(hub, towers, tmp_path
     assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()  # of the towers, the card gives the names
     after = weights(tmp_path / "run")
     assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("feature_"))
-    assert not torch.equal(
-        after["recognition.visual_projection.weight"], before["recognition.visual_projection.weight"]
-    )
+    assert not torch.equal(*(one["recognition.visual_projection.weight"] for one in (after, before)))
     assert len([*(cache / "images").iterdir()]) == 1

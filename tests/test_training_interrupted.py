@@ -153,6 +153,7 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
     assert len({key for batch in seen[3:] for *_, key in batch}) == 48  # of one pass over 64 pairs
 
 
+HELD_OUT = ["--validation_data", "held_out.tar"]
 WORKERS = ["--dataloader_num_workers", 1, "--dataloader_persistent_workers", True]
 WORKERS += ["--dataloader_prefetch_factor", 2, "--dataloader_multiprocessing_context", "fork"]
 # Options of a run, and the forward pass that is interrupted: in the second epoch, or with an evaluation of the first
@@ -160,7 +161,7 @@ RESUMED = {
     "stream": (["--data", "org/pairs", "--pairs_per_epoch", 64, "--dataloader_num_workers", 1], 5),
     "cached features": (["--cache_features", "cache", "--lock_text", *WORKERS], 5),
     "kept presence": (["--model", "start", "--lock_text", "--keep_presence", 1], 5),
-    "evaluation by epoch, at the end": (["--validation_data", "held_out.tar", "--eval_strategy", "epoch"], 6),
+    "evaluation by epoch, at the end": ([*"--eval_strategy epoch --save_strategy epoch".split(), *HELD_OUT], 6),
 }
 
 
@@ -169,13 +170,10 @@ RESUMED = {
 def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, monkeypatch, stream, name):
     """To the bit, with the same evaluations."""
     options, step = RESUMED[name]
-    if name == "kept presence":
-        save(tmp_path / "start", tiny_model(logit_bias_init_value=-1), tiny_processor)
-    places = {"cache": tmp_path / "cache", "start": tmp_path / "start", "held_out.tar": hub / "held_out.tar"}
+    start = save(tmp_path / "start", tiny_model(logit_bias_init_value=-1), tiny_processor)
+    places = {"cache": tmp_path / "cache", "start": start, "held_out.tar": hub / "held_out.tar"}
     arguments = [places.get(option, option) for option in options] + ["--max_steps", 6, "--pictures", 0]
     arguments += ["--learning_rate", 0.01]
-    if "epoch" in name:
-        arguments += ["--save_strategy", "epoch"]
     whole = run(hub, tmp_path / "whole", *arguments)
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
@@ -183,9 +181,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, m
             run(hub, tmp_path / "run", *arguments)
     resumed = run(hub, tmp_path / "run", *arguments, "--resume")
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
-    assert (
-        evaluations(resumed) == evaluations(whole) and resumed.state.best_global_step == whole.state.best_global_step
-    )
+    assert evaluations(resumed) == evaluations(whole)
+    assert resumed.state.best_global_step == whole.state.best_global_step
 
 
 def test_a_training_that_ended_within_an_epoch_takes_no_further_step(hub, tmp_path):
@@ -215,9 +212,8 @@ def test_the_presence_of_nouns_moves_less_if_it_is_kept(hub, tmp_path, tiny_proc
 def test_presence_is_kept_of_common_nouns(tmp_path, tiny_processor):
     """Of a model that has one. Each noun has one prompt. Two of five training photographs show a person."""
     model = tiny_model(logit_bias_init_value=-1).train()
-    processor = ICLIPProcessor(
-        tiny_processor.image_processor, tiny_processor.tokenizer, templates=["{a} {}", "the {}"]
-    )
+    parts = tiny_processor.image_processor, tiny_processor.tokenizer
+    processor = ICLIPProcessor(*parts, templates=["{a} {}", "the {}"])
     assert kept_presence(tiny_model(), processor) is None
     kept = kept_presence(model, processor)
     with torch.no_grad():

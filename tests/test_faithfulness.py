@@ -34,9 +34,8 @@ from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Four images: of one class, of two, of none, and of all three."""
-    return write_folder(
-        tmp_path_factory.mktemp("folder"), [[0, 255, *shown] for shown in ([1], [1, 2], [], [1, 2, 3])], 40
-    )
+    values = [[0, 255, *shown] for shown in ([1], [1, 2], [], [1, 2, 3])]
+    return write_folder(tmp_path_factory.mktemp("folder"), values, 40)
 
 
 # Deletion and insertion
@@ -103,8 +102,6 @@ def test_max_sensitivity_is_the_largest_change_in_a_plain_loop():
         changes.append([((other[m] - own[m]) ** 2).sum().sqrt() / (own[m] ** 2).sum().sqrt() for m in (0, 1)])
     torch.testing.assert_close(found[:2], torch.tensor(changes).amax(0))
     assert found[2].isnan()  # a constant map
-    flat, peak = torch.zeros(1, 1, 3, 3), torch.eye(3).expand(10, 1, 3, 3)  # constant but under noise
-    assert max_sensitivity(lambda images: flat if len(images) == 1 else peak, image).isnan()
 
 
 # Randomised layers
@@ -116,8 +113,6 @@ def test_rank_correlation_is_spearmans():
     others = torch.randint(0, 6, (5, 4, 6), generator=generator).float()
     expected = spearman_corrcoef(maps.flatten(1).T, others.flatten(1).T)
     torch.testing.assert_close(rank_correlation(maps, others).float(), expected)
-    torch.testing.assert_close(rank_correlation(maps, maps.exp()), torch.ones(5).double())
-    torch.testing.assert_close(rank_correlation(maps, -maps), -torch.ones(5).double())
     assert rank_correlation(maps, torch.zeros(5, 4, 6)).isnan().all()
 
 
@@ -159,7 +154,6 @@ def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tin
 def test_an_exception_restores_the_layers_too(tiny_processor):
     explainer = make_explainer((tiny_model(), tiny_processor))
     texts, images = explainer.model.encode_texts(NAMES), torch.randn(1, 3, 32, 32)
-    weights = dict(explainer.model.network.named_parameters())
     own, calls = raw_maps(explainer, images, texts)[0], []
 
     def explain(images):
@@ -171,7 +165,6 @@ def test_an_exception_restores_the_layers_too(tiny_processor):
     with pytest.raises(KeyboardInterrupt):
         LayerRandomization(explainer.model).correlations(explain, images)
     assert not torch.equal(calls[-1], own)  # it was under way
-    assert all(weight is weights[name] for name, weight in explainer.model.network.named_parameters())
     assert torch.equal(raw_maps(explainer, images, texts)[0], own)
 
 

@@ -104,9 +104,7 @@ def test_a_folder_names_no_kernel_of_the_hub(world, two_folders, tmp_path, monke
     from transformers import modeling_utils
 
     fetched = []
-    monkeypatch.setattr(
-        modeling_utils, "lazy_import_flash_attention", lambda kernel, **options: fetched.append(kernel)
-    )
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda kernel, **_: fetched.append(kernel))
     for folder in two_folders:
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {name: "org/kernel"}))
@@ -124,7 +122,7 @@ def test_a_folder_of_the_name_of_an_owner_hides_no_hub_id(tmp_path, monkeypatch)
     assert check_model_name("openai/clip-vit-base-patch16") == "openai/clip-vit-base-patch16"
 
 
-@pytest.mark.parametrize("name", ["model/model.safetensors", "towers", "absent", "embeded"])
+@pytest.mark.parametrize("name", ["model/model.safetensors", "towers", "absent"])
 def test_a_name_of_no_model_is_refused(world, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "towers").mkdir()

@@ -135,20 +135,16 @@ def test_explanations_are_the_models(model, folder, processor, method, templates
 
 
 @torch.no_grad()
-def test_a_list_of_texts_for_each_image_keeps_its_shape(model, folder):
+def test_texts_for_each_image_keep_their_shape_and_presence_is_that_of_the_trained_model(model, folder):
     tokens = {name: value.view(2, 4, -1) for name, value in tiny_inputs(texts=8).items() if name != "pixel_values"}
-    tokens["token_type_ids"] = torch.zeros_like(tokens["input_ids"])
+    tokens["token_type_ids"], exported = torch.zeros_like(tokens["input_ids"]), ONNXModel(folder)
     for num_templates in (1, 2):
-        found = ONNXModel(folder).get_text_features(**tokens, num_templates=num_templates)
+        found = exported.get_text_features(**tokens, num_templates=num_templates)
         expected = model.get_text_features(**tokens, num_templates=num_templates)
         for name in TEXT:
             torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_presence_is_that_of_the_trained_model(model, folder):
     scores = torch.linspace(-1, 1, 9)
-    torch.testing.assert_close(ONNXModel(folder).presence(scores), model.presence(scores), atol=1e-5, rtol=0)
+    torch.testing.assert_close(exported.presence(scores), model.presence(scores), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

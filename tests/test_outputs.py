@@ -89,7 +89,6 @@ FOLDERS = [
     "train table.csv --output_dir run --resume",
     "train table.csv --output_dir clip --resume",
     "train table.csv --output_dir photos",
-    "train table.csv --output_dir embedded",
     "train table.csv --model MODEL --output_dir MODEL",
     "train table.csv --model MODEL --output_dir inside/run",
     "export MODEL MODEL/new",

@@ -174,7 +174,7 @@ def test_a_table_becomes_a_model(tmp_path, world, capsys):
     (last,) = Path("runs/pairs").glob("checkpoint-3")
     state = TrainerState.load_from_json(last / "trainer_state.json")
     rows = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
-    assert f"loss{rows[0]:>24.4g}{rows[state.best_global_step]:>12.4g}" in out
+    assert re.search(rf"loss +{rows[0]:.4g} +{rows[state.best_global_step]:.4g} ", out)
     assert (
         "The trained model, the best by loss, is in runs/pairs.\nNext: iclip explain PHOTO " in out
         and "--model runs/pairs" in out
@@ -187,16 +187,13 @@ def test_a_table_becomes_a_model(tmp_path, world, capsys):
     assert pictures == ["0000000.png", "0000001.png", "0000002.png", "0000003.png", "before.npz"]
 
 
-def test_the_summary_shows_the_last_evaluation_if_the_best_model_is_not_loaded(tmp_path, world, capsys):
+def test_the_summary_names_no_best_model_if_it_is_not_loaded(tmp_path, world, capsys):
     table = write_table(tmp_path, 30)
     arguments = ["--validation_data", table, "--max_steps", 2, "--eval_steps", 1, "--save_steps", 1]
-    arguments += ["--metric_for_best_model", "loss", "--greater_is_better", True, "--learning_rate", 1e-3]
-    arguments += ["--load_best_model_at_end", False, "--eval_on_start", False]
+    arguments += ["--metric_for_best_model", "loss", "--load_best_model_at_end", False, "--eval_on_start", False]
     assert iclip("train", table, "--model", world.folder / "model", *arguments) == 0
-    state = TrainerState.load_from_json("runs/pairs/checkpoint-2/trainer_state.json")
-    losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
-    assert state.best_global_step == 1 and losses[1] > losses[2]
-    assert f"loss{losses[2]:>36.4g}" in capsys.readouterr().out
+    assert TrainerState.load_from_json("runs/pairs/checkpoint-2/trainer_state.json").best_global_step
+    assert "The trained model is in runs/pairs." in capsys.readouterr().out
 
 
 def history_of(before: dict, after: dict | None) -> list[dict]:
@@ -218,7 +215,7 @@ def test_the_summary_shows_what_changed_and_where_the_model_is(tmp_path):
     better = summary(
         history_of({"text_to_image": hits[6]}, {"text_to_image": hits[12]}), 7, "text_to_image", folder, held_out, ""
     )
-    low, high = re.fullmatch(r"text_to_image % +25 +50 +(\S+) to (\S+)", better[2]).groups()
+    low, high = re.fullmatch(r" *text_to_image % +25 +50 +(\S+) to (\S+)", better[2]).groups()
     assert 0 < float(low) < 25 < float(high) and better[3] == "24 held-out pairs"
     assert better[4] == "The trained model, the best by text_to_image, is in 'runs/my pairs'."
     assert better[5] == "Next: iclip explain PHOTO --text ... --model 'runs/my pairs'"
@@ -227,6 +224,9 @@ def test_the_summary_shows_what_changed_and_where_the_model_is(tmp_path):
     few = load_pairs(write_table(tmp_path, 6))
     said = "\n".join(summary(history_of({"loss": np.ones(6)}, {"loss": np.zeros(6)}), 7, "loss", folder, few, ""))
     assert "6 held-out pairs, too few to tell a change" in said and "95 %" not in said and " to 0" not in said
+    evaluations = [{"eval_loss": 2.0, "step": 1}, {"eval_loss": 3.0, "step": 2}]
+    assert summary(evaluations, None, "loss", folder, few, "")[2].split() == ["loss", "3"]
+    assert summary(evaluations, 1, "loss", folder, few, "")[2].split() == ["loss", "2"]
     assert "Nothing was measured" in "\n".join(summary([], None, "", folder, None, ""))
 
 

@@ -431,7 +431,7 @@ def test_a_batch_has_the_captions_of_the_items(tmp_path, tiny_processor):
     assert batches[0] != batches[1]
 
 
-def test_a_training_of_few_steps_says_so(pairs, tiny_processor, arguments, caplog):
+def test_a_training_that_teaches_little_says_so(pairs, tiny_processor, arguments, caplog):
     def said(**options) -> str:
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -441,7 +441,16 @@ def test_a_training_of_few_steps_says_so(pairs, tiny_processor, arguments, caplo
         return caplog.text
 
     assert "1 steps" in said(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=16)
-    assert "steps" not in said(max_steps=1)  # the user's own number
+    of_pairs = said(max_steps=2, per_device_train_batch_size=2)
+    assert "2 steps" in of_pairs and "negatives" not in of_pairs
+    assert "no negatives" in said(max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+
+
+def test_the_tokenizer_of_another_model_is_refused_before_the_training(pairs, tiny_processor, arguments):
+    other = tiny_model()
+    other.config.text_config.vocab_size = 2 * len(tiny_processor.tokenizer)
+    with pytest.raises(ValueError, match="where the model has"):
+        ICLIPTrainer(other, arguments(), train_dataset=pairs, processing_class=tiny_processor)
 
 
 # ---- evaluation ----

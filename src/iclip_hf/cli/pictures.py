@@ -83,10 +83,7 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     """
     from tqdm import tqdm
 
-    from ..explainers import make_explainer
-    from ..model.engine import Engine
     from ..model.images import open_image
-    from ..model.words import explain_words
     from ..utils.files import free_name
 
     names = image_names(args.images)
@@ -94,6 +91,12 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     if is_single and not is_url(names[0]):
         open_image(names[0], decode=False)  # raises before the model is loaded
     picture, folder = _outputs(args, kind, names, is_single)
+
+    # Imported after the files are checked, because these import torch.
+    from ..explainers import make_explainer
+    from ..model.engine import Engine
+    from ..model.words import explain_words
+
     explainer = make_explainer(load_model(args.model, args), args.method)
     settings = args.templates, args.image_size, args.refine, args.multi_scale
     engine = Engine(explainer.model, explainer.model.processor, explainer, *settings)

@@ -73,6 +73,8 @@ class ICLIPTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.greater_is_better and str(self.metric_for_best_model).endswith("loss"):
+            raise ValueError("greater_is_better: a lower loss is better; leave it out.")
         if self.data_seed is None:  # Accelerate would take torch's seed, which changes as batches are made
             self.data_seed = self.seed
         # Without a launcher, only one GPU trains. `DataParallel` would contrast the pairs of each GPU alone.

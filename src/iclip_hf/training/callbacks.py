@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -41,15 +41,17 @@ FEW_STEPS = 50  # a training with fewer steps gets a warning
 
 
 class Checks(TrainerCallback):
-    """Checks that the towers learn or are locked as the training needs, and warns of a training with few steps."""
+    """Checks that the towers learn or are locked as the training needs, and warns of one that teaches little."""
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        pairs = train_dataloader.dataset
-        _check_towers(model, args, pairs, train_dataloader.collate_fn)
-        has_few_steps = args.max_steps <= 0 and state.max_steps < FEW_STEPS and not isinstance(pairs, IterableDataset)
-        if has_few_steps and state.is_world_process_zero:
+        _check_towers(model, args, train_dataloader.dataset, train_dataloader.collate_fn)
+        if not state.is_world_process_zero:
+            return
+        if args.train_batch_size * args.world_size == 1:
+            logger.warning("A batch of one pair has no negatives, so it teaches nothing. Raise the batch size.")
+        if state.max_steps < FEW_STEPS:
             logger.warning(
-                "The training has %d steps, which teach little. Raise num_train_epochs, or lower "
+                "The training has %d steps, which teach little. Raise num_train_epochs or max_steps, or lower "
                 "per_device_train_batch_size: an epoch leaves out the pairs that do not fill a batch.",
                 state.max_steps,
             )

@@ -35,7 +35,7 @@ from ..hub.folders import save_model
 from ..hub.model_card import write_model_card
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pair_loss import ImageInputs, in_chunks
-from ..model.processing_iclip import ICLIPProcessor
+from ..model.processing_iclip import ICLIPProcessor, check_processor
 from ..utils.files import atomic_write
 from ..utils.published import clean_configs, folder_name
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, training_recipe
@@ -132,6 +132,7 @@ class ICLIPTrainer(Trainer):
             raise TypeError("processing_class: name the processor of the model.")
         collator = data_collator or PairCollator(processing_class)
         super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, *arguments, **kwargs)
+        check_processor("processing_class", processing_class, self.model.config)
         vars(self.model.config).pop("use_cache", None)  # the base class sets this option of language models
         self.interrupts, self.start = Interrupts(), Start(self)
         for callback in (Checks, EpochsAndSeeds, LogitScaleLimit, self.start, Pictures, self.interrupts):

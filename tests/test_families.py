@@ -99,7 +99,10 @@ def test_a_folder_names_its_family(made, family, tmp_path):
     processor(image_processor=parts.image_processor, tokenizer=parts.tokenizer).save_pretrained(tmp_path)
     with torch.no_grad():
         expected = load((model, parts)).get_image_features(pixels(size))
-        found = load(tmp_path, device="cpu").get_image_features(pixels(size))
+        loaded = load(tmp_path, device="cpu")
+        found = loaded.get_image_features(pixels(size))
+    templates = ["{}"] if family == "chinese_clip" else ["a photo of the {}"]
+    assert loaded.processor.templates == templates  # the default is English
     torch.testing.assert_close(found.patch_embeds, expected.patch_embeds, atol=1e-6, rtol=0)
 
 

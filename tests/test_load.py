@@ -45,6 +45,26 @@ from iclip_hf.utils.tables import known
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 
 
+def test_names_of_open_clip(made, monkeypatch):
+    model, tokenizer, _ = made("open_clip")
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    with pytest.raises(ValueError, match=r"open_clip:ViT-B-7/webli: .*ViT-B-7.*list_pretrained"):
+        load("open_clip:ViT-B-7/webli")
+    asked = []
+    monkeypatch.setattr(open_clip, "create_model", lambda *names, **options: asked.append((names, options)) or model)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: asked.append(name) or tokenizer)
+    expected = explain((model, tokenizer), PHOTO, "dog")
+    name = check_model_name("open_clip:ViT-B-16-SigLIP/webli")  # of a command line
+    found = explain(load(name, device="cpu", dtype="float32"), PHOTO, "dog")
+    torch.testing.assert_close(found.raw_maps, expected.raw_maps)
+    load("open_clip:hf-hub:timm/PE-Core-B-16", device="cpu")
+    of_hub, checked = "hf-hub:timm/PE-Core-B-16", {"require_pretrained": True}
+    assert asked[:2] == [(("ViT-B-16-SigLIP", "webli"), checked), "ViT-B-16-SigLIP"]
+    assert asked[2:] == [((of_hub, None), checked), of_hub]
+    with pytest.raises(FileNotFoundError):
+        check_model_name(name, ("iclip",))
+
+
 def test_every_source_gives_the_same_model(world):
     loaded = load((world.model, world.processor))
     assert isinstance(loaded, RecordableModel) and load(loaded) is loaded

@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import noise, tiny_model
@@ -11,6 +13,7 @@ from timm.scheduler import CosineLRScheduler
 
 from iclip_hf import ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.model.images import load_image
 from iclip_hf.training import (
     ICLIPTrainer,
     ICLIPTrainingArguments,
@@ -103,6 +106,16 @@ def test_equal_rows_have_one_number():
     assert a == b != c
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK"])
+def test_augmentation_takes_images_of_any_mode(tiny_processor, mode):
+    image, collator = noise((40, 30)).convert(mode), PairCollator(tiny_processor, None, augmentation(tiny_processor))
+    first, second = (
+        collator([{"image": image, "caption": "a dog", "draw": (0, 0, 0)}])["pixel_values"]
+        for image in (image, load_image(image))
+    )
+    assert torch.equal(first, second)
+
+
 def test_a_metric_is_worse_if_its_interval_holds_a_loss_and_no_gain():
     intervals = {"a": [-3, -1], "b": [-3, 0], "c": [-3, 1], "d": [0, 1], "e": [0, 0], "loss": [0, 0.5]}
     assert regressed_metrics(intervals, 10) == ["a", "b", "loss"] and not regressed_metrics(intervals, 9)
@@ -122,6 +135,9 @@ def test_augmentation_depends_on_seed_epoch_and_pair_alone(hub, tiny_processor):
     pairs.set_epoch(1)
     assert not torch.equal(images(3)[0], first)
     assert not torch.equal(images(3, pairs=load_pairs(str(hub / "pairs.tar"), seed=1))[0], first)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    images(5)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     with pytest.raises(ValueError, match="auto_augment: 'rand-m9-xyz3'"):
         augmentation(tiny_processor, auto_augment="rand-m9-xyz3")
 

@@ -35,16 +35,19 @@ REFUSED = {
     "owlvit": "it was trained for boxes, without the head whose score would be explained",
     "timm SwinTransformer": "its attention is limited to windows, and the image is pooled without attention",
 }
+OPEN_CLIP = "open_clip:"  # begins the name of a model of open_clip
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     """
-    Checks and returns the name of a model: `"embedded"`, a folder, or a Hub id. Only loading checks that a Hub id
-    exists. Raises `OSError` for any other name, and `OSError` or `ValueError` for a folder without a readable
-    config.json, or with a model whose type is not one of `types`.
+    Checks and returns the name of a model: `"embedded"`, a folder, a Hub id, or "open_clip:" and a name of open_clip.
+    Only loading checks that a name of the Hub or of open_clip exists. Raises `OSError` for any other name, and
+    `OSError` or `ValueError` for a folder without a readable config.json, or with a model whose type is not one of
+    `types`.
     """
-    if name == "embedded" or is_hub_id(name):
+    is_open_clip = name.startswith(OPEN_CLIP) and types is MODEL_TYPES
+    if name == "embedded" or is_hub_id(name) or is_open_clip:
         return name
     if not os.path.exists(name):
         raise FileNotFoundError(f'{name}: this is no folder, no Hub id (org/name) and not "embedded"; check the name.')

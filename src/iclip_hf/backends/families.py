@@ -123,12 +123,14 @@ class ExplainableCLIP(TransformersModel):
     default_method = "naclip"
 
     def __init__(self, model: CLIPModel, processor):
+        is_chinese = model.config.model_type == "chinese_clip"  # the default template is English
         iclip_processor = ICLIPProcessor(
             self._whole_image_processor(model.config.vision_config, processor.image_processor),
             self._prepared_tokenizer(processor.tokenizer),
             patch_size=patch_side(model.config),
             max_text_length=_text_length(model),
             text_padding=self.text_padding,
+            **({"templates": ["{}"]} if is_chinese else {}),
         )
         super().__init__(model, iclip_processor)
 

@@ -5,7 +5,7 @@ Loading of models from folders and the Hub, without running their code. `load` r
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor, check_processor
 from ..model.tower_loading import check_weights, keep_absolute_path
-from ..utils.errors import loading_errors
+from ..utils.errors import loading_errors, require_extra
 from ..utils.tables import known
-from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
+from . import DTYPES, MODEL_TYPES, OPEN_CLIP, REFUSED, check_model_name, check_model_type, families
 from .embedded import embedded_model
 from .explainable import ExplainableModel
 from .onnx import VISION_FILE, ONNXModel
@@ -57,9 +57,9 @@ def load(
 
     Args:
         source: `"embedded"`; a folder or Hub id of an ICLIP model or another model of transformers
-            (docs/guide/models.md lists the types); a folder of an ONNX export; a tuple of a model, already on its
-            device, and its processor; a tuple of a model of open_clip and its tokenizer; or the result of an earlier
-            call.
+            (docs/guide/models.md lists the types); a folder of an ONNX export; open_clip's names of a model and of its
+            weights, such as `"open_clip:ViT-B-16-SigLIP/webli"`; a tuple of a model, already on its device, and its
+            processor; a tuple of a model of open_clip and its tokenizer; or the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's if not given.
         device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the accelerator that torch finds, or
             the CPU.
@@ -90,6 +90,9 @@ def load(
         return _explainable(ONNXModel(source), processor)
     if is_name:
         device = _usable(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        if str(source).startswith(OPEN_CLIP):
+            model, tokenizer = _load_open_clip(source)
+            return _explainable(model.to(device, dtype and getattr(torch, dtype)), tokenizer)
         model, processor = load_pretrained(source, dtype=dtype)
         return _FAMILIES[model.config.model_type](model.to(device), processor)
     if not isinstance(source, tuple) or len(source) != 2:
@@ -98,6 +101,18 @@ def load(
             f"{type(source).__name__}: pass one of them."
         )
     return _explainable(*source)
+
+
+def _load_open_clip(name: str) -> tuple[torch.nn.Module, Callable]:
+    """Returns a model of open_clip, in eval mode, and its tokenizer. open_clip downloads the weights."""
+    with require_extra("open-clip"):
+        import open_clip
+    architecture, weights = name.removeprefix(OPEN_CLIP), None
+    if not architecture.startswith("hf-hub:"):
+        architecture, _, weights = architecture.partition("/")
+    with loading_errors(name, cure="open_clip.list_pretrained() has the names"):
+        model = open_clip.create_model(architecture, weights, require_pretrained=True)
+        return model.eval(), open_clip.get_tokenizer(architecture)
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -84,7 +84,7 @@ SHARED = {
         "metavar": "FOLDER_OR_ID",
         "type": option_type(check_model_name),
         "default": "embedded",
-        "help": 'ICLIP or CLIP-like model, or "embedded" (default: the embedded model)',
+        "help": 'ICLIP or CLIP-like model; "open_clip:MODEL/WEIGHTS"; or "embedded" (default: the embedded model)',
     },
     "--dtype": {
         "type": name_of(DTYPES, "dtype"),

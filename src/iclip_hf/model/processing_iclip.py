@@ -156,7 +156,8 @@ class ICLIPProcessor(ProcessorMixin):
 
         Args:
             images: one image or a list of images: PIL images of any mode, numpy arrays or tensors in the ranges of
-                [`to_8_bit`], or other inputs of [`load_image`]. The EXIF orientation of a PIL image is ignored.
+                [`to_8_bit`], or other inputs of [`load_image`]. The EXIF orientation of a PIL image is ignored, as
+                in Transformers, so that maps fit `image.size`. `PIL.ImageOps.exif_transpose` turns such an image.
             text: texts that are taken as they are: one text, a list of T texts for all images, or one list for each
                 image (shorter lists are padded with their last text).
             labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for

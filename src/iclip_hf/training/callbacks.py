@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
 from ..utils.errors import require_extra
 
@@ -29,7 +29,7 @@ from ..data.wrappers import leaf_of, leaves
 from ..model.modeling_iclip import ICLIPModel
 from ..utils.files import atomic_write
 from .arguments import START_FILE, ICLIPTrainingArguments
-from .collator import seed_everything
+from .collator import seed_of
 from .datasets import CachedPairs, StreamedPairs, are_pairs
 from .evaluation import change_interval, plot_examples, regressed_metrics
 from .kept_presence import kept_presence
@@ -87,7 +87,7 @@ class EpochsAndSeeds(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         # Dropout depends on the step and the process, so that a resumed step is the same.
-        seed_everything(args.seed, state.global_step, args.process_index)
+        set_seed(seed_of(args.seed, state.global_step, args.process_index))
 
 
 class LogitScaleLimit(TrainerCallback):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ..data.columns import USUAL_COLUMNS, PairTexts, sample_caption
 from ..data.nouns import ImageNouns, NounPrompts
+from ..model.images import load_image
 from ..model.processing_iclip import ICLIPProcessor
 
 
@@ -109,9 +111,13 @@ class PairCollator:
         if self.transform is None:
             return dict(self.processor(images=[row["image"] for row in rows]))
         images = []
-        for row, draw in zip(rows, draws):
-            seed_everything(*draw)
-            images.append(self.transform(row["image"]))
+        with _restored_generators():
+            for row, draw in zip(rows, draws):
+                seed = seed_of(*draw)
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.default_generator.manual_seed(seed)  # of the CPU; `torch.manual_seed` also sets those of GPUs
+                images.append(self.transform(load_image(row["image"])))
         return {"pixel_values": torch.stack(images)}
 
     def _texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -171,9 +177,18 @@ def augmentation(
         raise ValueError(f"auto_augment: {auto_augment!r} is no policy of timm.") from error
 
 
-def seed_everything(*key) -> None:
-    """Seeds the random numbers of Python, numpy and torch, so that they depend only on the key."""
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+@contextmanager
+def _restored_generators() -> Iterator[None]:
+    """Restores the random numbers of Python, numpy and torch afterwards, which transforms of timm read."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+
+
+def seed_of(*key) -> int:
+    """Returns a seed in 0..2³² - 1 that depends only on the key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")

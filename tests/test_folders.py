@@ -18,8 +18,7 @@ import torch
 import yaml
 from conftest import iclip, noise, save, save_towers, tiny_model
 from huggingface_hub import ModelCard
-from PIL import Image
-from training_runs import run, write_table
+from training_runs import run
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
@@ -31,9 +30,8 @@ from iclip_hf.data.class_names import COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, join_towers
-from iclip_hf.hub.model_card import card_licence, describe_tower, write_model_card
+from iclip_hf.hub.model_card import card_licence, write_model_card
 from iclip_hf.hub.record import read_record
-from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +97,7 @@ def exported(source, tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------------------------------------- export
 
 
+# Without the packages that are named `absent`
 FRESH = """
 import json, sys
 
@@ -115,56 +114,49 @@ class Without:
         return None if name.split(".")[0] in absent else self.finder.find_spec(name, *place)
 
 sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+ANSWERS = """
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+classifier = AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
     inputs = processor(images=Image.open(photograph), labels=["dog", "red ball"])
     outputs = model(**inputs, output_similarity_maps=True)
-explain = pipeline("image-text-similarity-map", model=folder, trust_remote_code=True)
-segment = pipeline("zero-shot-image-segmentation", model=folder, trust_remote_code=True)
-classifier = AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)
-assert type(classifier).__name__ == "ICLIPModel"
-print(json.dumps({
+explained, segmented = (
+    pipeline(task, model=folder, trust_remote_code=True)(photograph, candidate_labels=["dog", "sky"], min_presence=0)
+    for task in ("image-text-similarity-map", "zero-shot-image-segmentation")
+)
+names = [type(one).__name__ for one in (model, processor, classifier)]
+names += [one["label"] for one in explained + segmented]
+numbers = {
     "logits": outputs.logits_per_image.tolist(),
     "maps": outputs.similarity_maps.tolist(),
-    "answers": [[a["label"], a["score"], a["presence"], a["map"].sum().item(), a["boxes"]]
-                for a in explain(photograph, candidate_labels=["dog", "sky"], min_presence=0)],
-    "segments": [[a["label"], sum(a["mask"].getdata())]
-                 for a in segment(photograph, candidate_labels=["dog", "sky"], min_presence=0)],
-}))
+    "scores": [one["score"] for one in explained],
+    "boxes": [box for one in explained for box in one["boxes"]],
+    "enlarged": [one["map"].mean().item() for one in explained],
+    "masks": [sum(one["mask"].getdata()) / (255 * 60 * 40) for one in segmented],
+}
 """
 
 
 def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, source, tmp_path):
     """With nothing installed but what a reader of the card has."""
     absent = "iclip_hf accelerate datasets evaluate pycocotools scipy sklearn matplotlib timm torchmetrics".split()
-    photograph = str(source / "photograph.png")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", FRESH, str(exported), photograph, *absent]
+    script, photograph = f"{FRESH}{ANSWERS}print(json.dumps([names, numbers]))", str(source / "photograph.png")
+    command = [sys.executable, "-c", script, str(exported), photograph, *absent]
     fresh = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert fresh.returncode == 0, fresh.stderr
-    found = json.loads(fresh.stdout.splitlines()[-1])
-
-    model, processor = ICLIPModel.from_pretrained(source / "model"), ICLIPProcessor.from_pretrained(source / "model")
-    with torch.no_grad():
-        inputs = processor(images=Image.open(photograph), labels=["dog", "red ball"])
-        outputs = model(**inputs, output_similarity_maps=True)
-    assert np.allclose(found["logits"], outputs.logits_per_image, atol=1e-4)
-    assert np.allclose(found["maps"], outputs.similarity_maps, atol=1e-5)
-    explain = pipeline("image-text-similarity-map", model=str(source / "model"))
-    answers = explain(photograph, candidate_labels=["dog", "sky"], min_presence=0)
-    for (label, score, presence, total, boxes), other in zip(found["answers"], answers, strict=True):
-        assert label == other["label"] and boxes == other["boxes"]
-        assert (score, presence) == pytest.approx((other["score"], other["presence"]), abs=1e-4)
-        assert total == pytest.approx(other["map"].sum().item(), rel=1e-4)
-    segment = pipeline("zero-shot-image-segmentation", model=str(source / "model"))
-    segments = segment(photograph, ["dog", "sky"], min_presence=0)
-    for (label, total), other in zip(found["segments"], segments, strict=True):
-        assert label == other["label"] and total == pytest.approx(np.asarray(other["mask"]).sum(), rel=0.01)
+    names, numbers = json.loads(fresh.stdout.splitlines()[-1])
+    expected = {"folder": str(source / "model"), "photograph": photograph}
+    exec(ANSWERS, expected)
+    assert names == expected["names"] and numbers.keys() == expected["numbers"].keys()
+    for name, values in expected["numbers"].items():
+        np.testing.assert_allclose(numbers[name], values, atol=1e-2 if name == "masks" else 1e-4, err_msg=name)
 
 
 def test_with_the_package_a_folders_code_is_not_run(exported, tmp_path):
@@ -187,15 +179,10 @@ def files_of(folder: Path | str) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_an_exported_folder_holds_what_it_needs_and_nothing_of_this_machine(exported, source):
-    files = files_of(exported)
+def test_an_exported_folder_holds_what_it_needs(exported):
     expected = {"config.json", "model.safetensors", "processor_config.json", "README.md", "tokenizer.json"}
     expected |= {"tokenizer_config.json", "model_card.json"}
-    assert files.keys() == expected | {path.name for path in code_files()}
-    for path in files.values():
-        if path.suffix != ".safetensors":
-            text = path.read_text()
-            assert str(source) not in text and "/home/" not in text and str(ROOT) not in text, path.name
+    assert files_of(exported).keys() == expected | {path.name for path in code_files()}
     weights = ICLIPModel.from_pretrained(exported).state_dict()
     assert all(torch.equal(weights[name], w) for name, w in tiny_model().state_dict().items())
 
@@ -209,11 +196,8 @@ def test_what_is_saved_names_no_code_of_the_folder_that_was_loaded(source, tmp_p
         content = json.loads(file.read_text())
         file.write_text(json.dumps(content | code | ({part: content[part] | code} if part else {})))
     assert iclip("export", tmp_path / "model", tmp_path / "exported") == 0
-    command = ["train", write_table(tmp_path / "data", 8), "--model", tmp_path / "model"]
-    assert iclip(*command, "--output_dir", tmp_path / "run", "--max_steps", 1, "--save_steps", 1) == 0
-    for folder in (tmp_path / "exported", tmp_path / "run" / "checkpoint-1"):
-        saved = "".join(path.read_text() for path in folder.glob("*.json"))
-        assert saved and "evil/repo" not in saved and "trap" not in saved
+    saved = "".join(path.read_text() for path in (tmp_path / "exported").glob("*.json"))
+    assert saved and "evil/repo" not in saved and "trap" not in saved
 
 
 def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(tmp_path, tiny_processor, monkeypatch):
@@ -336,15 +320,6 @@ def test_a_configuration_needs_no_more_than_the_names_of_the_towers(towers, tmp_
     assert dict(small.image_processor.size) == {"height": 48, "width": 48}
 
 
-def test_a_tower_by_a_relative_path_is_no_hub_id_elsewhere(towers, tmp_path, monkeypatch):
-    monkeypatch.chdir(towers.parent)
-    relative = [f"{towers.name}/{side}" for side in ("vision", "text")]
-    model, _ = join_towers(towers / "config", *relative)
-    monkeypatch.chdir(tmp_path)  # where no folder tells that it is a path
-    for config in (model.config.vision_config, model.config.text_config):
-        assert describe_tower(config)["id"] is None
-
-
 def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert init(towers, tmp_path / "new", config="iclip-vit-s16") == 2
     assert str(towers / "vision") in capsys.readouterr().err
@@ -353,8 +328,6 @@ def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert init(towers, tmp_path / "new", text=towers / "config") == 2
     assert f"{towers / 'config'}: this is an ICLIP model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    assert init(towers, towers / "vision" / "new") == 2  # a folder that it reads
-    assert str(towers / "vision" / "new") in capsys.readouterr().err and not (towers / "vision" / "new").exists()
 
 
 @pytest.mark.slow
@@ -469,11 +442,9 @@ def test_a_card_does_not_tell_results_of_another_model(exported, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["vision_config"]["layer_norm_eps"] = 1e-3
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    assert ModelCard.load(exported / "README.md").data.eval_results
     assert iclip("export", tmp_path / "model", tmp_path / "again") == 0
-    card = ModelCard.load(tmp_path / "again" / "README.md")
-    assert card.data.eval_results is None and "Not measured" in card.text
-    assert str(tmp_path) not in str(card)
+    cards = [ModelCard.load(folder / "README.md") for folder in (exported, tmp_path / "again")]
+    assert [card.data.eval_results is None for card in cards] == [False, True]
 
 
 def test_results_of_another_model_or_task_are_refused(exported, tmp_path, capsys, tiny_processor):
@@ -490,14 +461,6 @@ def test_results_of_another_model_or_task_are_refused(exported, tmp_path, capsys
         results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}, **figures}))
         assert iclip(*command, results) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "a").exists()
-
-
-def test_a_training_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
-    folder = tmp_path / "run"
-    args = ICLIPTrainingArguments(str(folder), use_cpu=True)
-    for card in ({"metrics": METRICS}, {}):
-        ICLIPTrainer(tiny_model(), args, processing_class=tiny_processor, card=card).save_model()
-        assert bool(ModelCard.load(folder / "README.md").data.eval_results) == bool(card)
 
 
 RESTRICTED, FREE = {"terms": "CC BY-NC 4.0", "restricted": True}, {"terms": "CC BY; thanks to a research institute"}

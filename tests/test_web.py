@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QuietHandler, iclip, noise, opened, served, tiny_model
+from conftest import QuietHandler, iclip, noise, opened, save, served, tiny_model
 from huggingface_hub import ModelCard
 from PIL import Image, ImageOps
 
@@ -532,22 +532,17 @@ def test_on_a_phone_with_the_keyboard(browser, url, model, processor, photos):
 # ---------------------------------------------------------------------------------------------- export and server
 
 
-@pytest.fixture
-def without_graphs(monkeypatch):
-    """Exports pages with files of a few bytes instead of graphs."""
+def test_packages_come_from_a_cdn_with_their_digests(world, tmp_path, monkeypatch):
+    """Or from the server that the command names. With files of a few bytes instead of graphs."""
 
     def fake_graphs(model, processor, folder, weights):
-        folder.mkdir()
-        processor.save_pretrained(folder)
-        for name in ("vision_model.onnx", "text_model.onnx"):
+        save(folder, processor)
+        for name in (VISION_FILE, TEXT_FILE):
             (folder / name).write_bytes(b"graph")
         return folder
 
     monkeypatch.setattr(web, "export_onnx", fake_graphs)
-
-
-def test_packages_come_from_a_cdn_with_their_digests(tiny_processor, tmp_path, without_graphs):
-    web.export_web(tiny_model(), tiny_processor, tmp_path / "page", weights="bfloat16")
+    web.export_web(tiny_model(), world.processor, tmp_path / "page", weights="bfloat16")
     settings = json.loads((tmp_path / "page" / "settings.json").read_text())
     assert list(settings["runtime"]) == ["wasm", "webgpu"]
     index = (tmp_path / "page" / "index.html").read_text()
@@ -557,15 +552,11 @@ def test_packages_come_from_a_cdn_with_their_digests(tiny_processor, tmp_path, w
     for file in [*settings["runtime"]["webgpu"].values(), settings["files"]["tokenizers"]]:
         assert re.fullmatch("sha384-[A-Za-z0-9+/]{64}", file["integrity"])
         assert file["url"].startswith(tuple(allowed)) and re.search(r"@\d+\.\d+\.\d+/dist/", file["url"])
-    assert not list((tmp_path / "page").glob("*.mjs*"))
-
-
-def test_packages_come_from_the_server_that_the_command_names(world, tmp_path, without_graphs):
-    command, server = ["export", world.folder / "model", tmp_path / "page"], ["--cdn", "https://npm.example/"]
+    command, server = ["export", world.folder / "model", tmp_path / "other"], ["--cdn", "https://npm.example/"]
     assert iclip(*command, "--format", "onnx", *server) == 2
     assert iclip(*command, "--format", "web", *server) == 0
-    assert "https://npm.example/onnxruntime-web@" in (tmp_path / "page" / "settings.json").read_text()
-    assert "jsdelivr" not in (tmp_path / "page" / "index.html").read_text()
+    assert "https://npm.example/onnxruntime-web@" in (tmp_path / "other" / "settings.json").read_text()
+    assert "jsdelivr" not in (tmp_path / "other" / "index.html").read_text()
 
 
 def test_the_digests_are_those_of_the_npm_packages(cdn):

@@ -56,9 +56,6 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
 
     Returns:
         The folder.
-
-    Raises:
-        `ValueError`: another value of `weights`, or the model is on another device or in another dtype.
     """
     # Checks come before the export, which takes a minute.
     weights = known(weights, _STORED, "format of weights")

@@ -49,11 +49,6 @@ class Columns(NamedTuple):
     def texts(self, row: Mapping) -> PairTexts:
         """
         Returns the captions of the first column with text, if there is one, and the labels.
-
-        Raises:
-            `ValueError`: a list that is written as text is not JSON; `labels` or `complete` is neither a list of names
-                nor numbers; `complete` names an unknown list, or has names while `labels` is no list of names; or
-                `class_probabilities` is no object of names and numbers in [0, 1].
         """
         parts = [row]
         if isinstance(row.get("json"), Mapping):  # of a shard

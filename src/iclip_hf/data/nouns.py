@@ -92,9 +92,6 @@ class NounPrompts:
             classifier that gave the `class_probabilities` of images. A number, "(3)", counts the training photographs
             that show the noun. It has no effect on prompts.
         seed: seed of the prompts.
-
-    Raises:
-        `ValueError`: the vocabulary is empty, or [`marked_nouns`] refuses a line.
     """
 
     def __init__(self, nouns: Sequence[str], seed: int = 0):

@@ -37,9 +37,6 @@ class PairStream(Epochs, IterableDataset):
         columns ([`~iclip_hf.data.columns.Columns`]): names of the columns; the usual ones by default.
         hub_id (`str`, *optional*): id of the Hub dataset. Its rows may name image files of this dataset. Without an
             id, each row must hold the bytes of its image.
-
-    Raises:
-        `ValueError`: there is no image column. During iteration, too many pairs are bad.
     """
 
     def __init__(

@@ -82,10 +82,6 @@ def threshold_counts(heatmap, mask, class_id: int, ignore_index: int = 255) -> n
     Returns:
         `np.ndarray` of shape `(2, 102)`, int64: for background and foreground, the number of all pixels, then of those
         with M > 0, M > 0.01, ..., M > 1.
-
-    Raises:
-        `ValueError`: a value of the map is outside of [0, 1]; map and mask differ in shape; or `class_id` is
-        `ignore_index`.
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _blocks(heatmap, mask, class_id, ignore_index):

@@ -153,10 +153,6 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
             whose own maps often mark everything but the object.
         keywords: names of the caller's own arguments, so that an error can suggest them.
         method_options: options of the method, see its class.
-
-    Raises:
-        `ValueError`: the method is unknown, the model does not support it, or a value of an option is not allowed.
-        `TypeError`: an option is unknown, or the model is of another kind.
     """
     if method is None:
         from ..backends.loading import load  # imports torch

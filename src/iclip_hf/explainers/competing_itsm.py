@@ -30,9 +30,6 @@ class CompetingITSM(Explainer):
         rivals (`str`, a list or `Mapping[str, float]`, *optional*): the other nouns, in one string ([`split_texts`])
             or as a list, each with the prior 0.5; or a mapping from each noun to its prior; [`vocabulary`] if not
             given.
-
-    Raises:
-        `ValueError`: there is no noun, or a prior is not between 0 and 1.
     """
 
     needs_layers = False

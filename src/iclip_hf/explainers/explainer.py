@@ -26,9 +26,6 @@ class Explainer(ABC):
             [`RecordableModel`].
         has_holes (`bool`): whether maps may be NaN where the method has no value.
         needs_attention (`bool`): whether the method reads the last attention layer, which a convolutional tower lacks.
-
-    Raises:
-        `TypeError`: the model is of another kind. `ValueError`: the model does not support the method.
     """
 
     sees_text = True

@@ -81,9 +81,6 @@ def write_model_card(
 
     Returns:
         `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.
-
-    Raises:
-        `ValueError`: `metrics` has none of the metrics that the card shows.
     """
     record = assemble_record(model, processor, source, training, source_identity)
     if metrics is not None:

@@ -87,10 +87,6 @@ class Engine:
         takes_features (`bool`): whether the method computes maps from the features of encoded images. Such methods can
             share the features of [`Engine.encode_images`].
         method_name (`str`): the name of the method.
-
-    Raises:
-        `ValueError`: a template has no `{}`, `image_size` is not a size, or `refine` or `multi_scale` is not a
-        boolean.
     """
 
     def __init__(
@@ -220,9 +216,6 @@ class Engine:
             encoded ([`ICLIPTextFeatures`], *optional*): the labels in `texts`, encoded.
             min_presence (`float` in [0, 1]): with `best`, other texts than the best one are left out if they have a
                 lower presence.
-
-        Raises:
-            `ValueError`: there is no text, `batch_size` or `best` is below 1, or the model returns NaN or infinity.
         """
         for name, number in (("batch_size", batch_size), ("best", best)):
             if number is not None and number < 1:

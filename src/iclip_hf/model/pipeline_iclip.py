@@ -106,10 +106,6 @@ class ImageTextSimilarityMapPipeline(Pipeline):
               elsewhere.
             - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around each part of the mask,
               xmax and ymax exclusive, best part first.
-
-        Raises:
-            `ValueError`, `TypeError`, `OSError`: an image cannot be read, [`ICLIPProcessor`] refuses labels or
-                templates, or [`Explanation`] refuses thresholds or `min_presence`.
         """
         labels = _strings("candidate_labels", candidate_labels)
         if "template" in kwargs:

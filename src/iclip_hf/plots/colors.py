@@ -55,10 +55,6 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
             except with `"jet"`, which has 0.6 of it everywhere.
         colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or
             `"jet"`, the colours of the paper.
-
-    Raises:
-        `ValueError`: there is no such colour map. `OSError`, `ValueError`, `TypeError`: the image cannot be loaded,
-            see [`load_image`].
     """
     if hasattr(heatmap, "detach"):
         heatmap = heatmap.detach().cpu().float().numpy()  # numpy has no bfloat16

@@ -77,10 +77,6 @@ def draw(
 
     Returns:
         `PIL.Image.Image` of mode "RGB".
-
-    Raises:
-        `OSError`, `ValueError`, `TypeError`: the image cannot be loaded, see [`load_image`], or there is none.
-            `ValueError`: there is no such colour map.
     """
     image = load_image(explanation.image if image is None else image)
     present = explanation.present

@@ -78,9 +78,6 @@ class PairCollator:
             `dict` of `pixel_values` (B, 3, H, W) or `image_features`, a `dict` of tensors (B, ...) for
             [`ICLIPModel.loss_inputs`]; the tokenizer's tensors (M, L) of captions and noun prompts, or `text_inputs`
             (M, Dt); `nouns`, a `dict`, see [`~data.nouns.NounPrompts.sample`]; and `return_loss`.
-
-        Raises:
-            `ValueError`: a row has no caption, or its labels are not as described.
         """
         draws = [self._draw(index, row) for index, row in enumerate(rows)]
         numbered = enumerate(rows, 1)

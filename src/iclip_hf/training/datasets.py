@@ -36,9 +36,6 @@ class CachedPairs(Epochs, Dataset):
         pairs: the pairs, which can be inside of torch's `Subset`.
         cache: the features of images and, if the collator has `text_features`, of captions.
         collator: the collator that makes batches of the pairs.
-
-    Raises:
-        `ValueError`: too many pairs are bad.
     """
 
     def __init__(self, pairs: PairDataset | Subset, cache: FeatureCache, collator: PairCollator):
@@ -104,9 +101,6 @@ class StreamedPairs(Epochs, IterableDataset):
     Args:
         stream: this process's part of the pairs.
         num_pairs: number of pairs in an epoch of this process.
-
-    Raises:
-        `ValueError`: during iteration, the stream has no pairs.
     """
 
     def __init__(self, stream: PairStream, num_pairs: int):

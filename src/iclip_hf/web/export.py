@@ -86,10 +86,6 @@ def export_web(
 
     Returns:
         The folder.
-
-    Raises:
-        `ValueError`: there is no such value of `weights`, or the page cannot do what the processor does.
-            `FileExistsError`: the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
     folder = Path(folder)
     settings = {

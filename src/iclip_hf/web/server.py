@@ -31,10 +31,6 @@ def web_server(folder: Path, host: str = "127.0.0.1", port: int | None = None) -
     Args:
         folder: a folder that `export_web` wrote.
         host, port: address and port to listen on. If no port is given, the first free one from 7860.
-
-    Raises:
-        `ValueError`: the folder holds no page. `OSError`: this machine does not have the address, or the port is not
-            free.
     """
     if not (folder / "settings.json").is_file():
         raise ValueError(f"{folder}: expected a folder of `iclip export --format web`, but it has no page; name one.")

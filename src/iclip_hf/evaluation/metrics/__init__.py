@@ -89,10 +89,6 @@ def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metri
         metrics: a name of `TASKS`, whose metrics are then optional; a name of `METRICS`; or a list of names of
             `METRICS` and of metrics.
         options: parameters of the metrics that `metrics` names. Each goes to all of these metrics that have it.
-
-    Raises:
-        `ValueError`: there is no metric, a name is unknown, two metrics have one name, an option belongs to no metric,
-            or a value is not allowed.
     """
     is_task = False
     if isinstance(metrics, str):

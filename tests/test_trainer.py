@@ -476,6 +476,15 @@ def test_other_pairs_are_evaluated_without_a_change(pairs, tiny_processor, argum
     assert trainer.accelerator._dataloaders == [trainer.callback_handler.train_dataloader]
 
 
+def test_a_caption_has_one_id_however_long_its_batch_is(pairs, tiny_processor, arguments):
+    assert tiny_processor.tokenizer.pad_token_id
+    trainer = ICLIPTrainer(tiny_model(), arguments(), None, pairs, None, tiny_processor)
+    rows = [{"image": pairs[0]["image"], "caption": caption} for caption in ("a dog", "a photo of the red ball .")]
+    batches = trainer.data_collator(rows[:1]), trainer.data_collator(rows)
+    alone, beside = (trainer.prediction_step(trainer.model, batch, False)[2] for batch in batches)
+    assert torch.equal(alone[0], beside[0]) and beside[0, 1] != beside[1, 1]
+
+
 def test_held_out_pairs_can_have_names(pairs, tiny_processor, arguments, tmp_path):
     """With a segmentation data set among them, and the best by one of the names."""
     (tmp_path / "maps").mkdir()

@@ -1,0 +1,114 @@
+"""Measures what explanations of words are worth, on photographs that show two things of one word each, the
+largest two.
+
+    python benchmarks/words.py coco2017:DATA/coco100:train2017
+
+The sentence is "a dog and a bicycle", taken as it is, and maps are not refined. The first table has the share of maps
+that are higher on the mask of their thing than on the mask of the other thing, and the share of maps of "and" that are
+higher on the first. The second table has the mean score of the sentence over all steps of a deletion of its words:
+those with the highest weight first, or the lowest. The weights are
+
+- leaving one out, as in `explain(words=True)`: what the sentence loses without the word;
+- the word alone: the score of the text that has this word only, minus the score of "a";
+- Shapley values: the mean of what the word adds to the words before it, over all orders of the words.
+
+A map of a word is the same difference of the maps.
+"""
+
+from itertools import permutations
+
+import numpy as np
+import torch
+from measuring import command_line, table
+
+from iclip_hf import load
+from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.model.engine import Engine
+
+
+SENTENCE = ("a", None, "and", "a", None)
+THINGS = (1, 4)  # positions of the things in the sentence
+MIN_AREA = 0.02  # of a thing, as a share of the image
+EMPTY = "a"  # stands for the text without words, because no text is empty
+
+
+def two_things(dataset):
+    """Yields images, the names of the two largest things that an image shows, and their masks."""
+    names = dict(zip(dataset.class_ids, dataset.class_names))
+    for sample in dataset:
+        masks = {names[class_id]: sample.mask(class_id) == class_id for class_id in sample.class_ids}
+        large = [name for name, mask in masks.items() if " " not in name and mask.mean() > MIN_AREA]
+        large = sorted(large, key=lambda name: -masks[name].sum())[:2]
+        if len(large) == 2:
+            yield sample.image, large, [masks[name] for name in large]
+
+
+def subset_texts(words):
+    """Returns the text of each subset of the words, by the tuple of their positions."""
+    positions = range(len(words))
+    subsets = [tuple(i for i in positions if bits >> i & 1) for bits in range(2 ** len(words))]
+    return {subset: " ".join(words[i] for i in subset) or EMPTY for subset in subsets}
+
+
+def contributions(values, num_words):
+    """Returns, for each way to weigh words, the share of each word in values by subset: scores or maps."""
+    positions = range(num_words)
+    whole, empty = values[tuple(positions)], values[()]
+    left_out = [whole - values[tuple(i for i in positions if i != left)] for left in positions]
+    alone = [values[i,] - empty for i in positions]
+    shapley = [0.0] * num_words
+    orders = [*permutations(positions)]
+    for order in orders:
+        for rank, word in enumerate(order):
+            before = tuple(sorted(order[:rank]))
+            shapley[word] = shapley[word] + (values[tuple(sorted((*before, word)))] - values[before]) / len(orders)
+    return {"leaving one out": left_out, "the word alone": alone, "Shapley values": shapley}
+
+
+def deletion(scores, weights, descending):
+    """Returns the mean score of a sentence whose words are deleted by their weights."""
+    order = np.argsort(weights)[::-1] if descending else np.argsort(weights)
+    return np.mean([scores[tuple(sorted(order[deleted:]))] for deleted in range(len(order) + 1)])
+
+
+def measure(dataset):
+    model = load("embedded")
+    engine = Engine(model, model.processor, templates=["{}"])
+    hits, controls, curves = {}, {}, {"random order": []}
+    orders = [*permutations(range(len(SENTENCE)))]
+    for image, names, masks in two_things(dataset):
+        words = [*SENTENCE]
+        for position, name in zip(THINGS, names):
+            words[position] = name
+        subsets = subset_texts(words)
+        (explanation,) = engine.run([image], [*subsets.values()])
+        scores = dict(zip(subsets, explanation.scores.double().numpy()))
+        size = explanation.raw_maps.shape[-2:]
+        raw_maps = dict(zip(subsets, explanation.raw_maps.double()))
+        shares = [torch.from_numpy(mask).double()[None, None] for mask in masks]
+        shares = [torch.nn.functional.interpolate(share, size, mode="area")[0, 0] for share in shares]
+        weights = contributions(scores, len(words))
+        for method, maps in contributions(raw_maps, len(words)).items():
+            first, second = ([(maps[i] * share).sum() / share.sum() for i in range(len(words))] for share in shares)
+            hits.setdefault(method, []).extend([first[1] > second[1], second[4] > first[4]])
+            controls.setdefault(method, []).append(first[2] > second[2])
+            ways = [deletion(scores, weights[method], descending) for descending in (True, False)]
+            curves.setdefault(method, []).append(ways)
+        curves["random order"].append([np.mean([deletion(scores, np.array(order), True) for order in orders])])
+    print(f"{len(controls['leaving one out'])} photographs\n")
+    percent = {method: [100 * np.mean(shares) for shares in (hits[method], controls[method])] for method in hits}
+    rows = [[method, f"{hit:.1f}", f"{control:.1f}"] for method, (hit, control) in percent.items()]
+    print(table(["map", "of a thing, on its own mask %", 'of "and", on the first thing %'], rows), end="\n\n")
+    means = {method: np.mean(values, 0) for method, values in curves.items()}
+    rows = [[method, f"{values[0]:.3f}", f"{values[-1]:.3f}"] for method, values in means.items()]
+    print(table(["weights", "highest first", "lowest first"], rows))
+
+
+def main():
+    parser = command_line(__doc__)
+    parser.add_argument("data", metavar="NAME:FOLDER[:SPLIT]", help="data set of load_segmentation")
+    measure(load_segmentation(*parser.parse_args().data.split(":")))
+
+
+if __name__ == "__main__":
+    main()

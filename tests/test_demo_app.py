@@ -142,10 +142,27 @@ def test_maps_are_refined_or_at_two_scales_on_request(client, folder, world):
         np.testing.assert_allclose(np.load(npz)["maps"], expected.maps, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "method"), [("notes.png", "itsm"), ("small.png", "magic")])
-def test_bad_input_is_answered_with_a_sentence(client, folder, name, method):
-    with pytest.raises(AppError, match="notes.png|magic"):
-        client.predict(gradio_client.handle_file(folder / name), "dog", method, api_name="/explain")
+@pytest.mark.parametrize(
+    ("name", "question", "sentence"),
+    [
+        ("notes.png", ["dog", "itsm"], "notes.png: expected a readable image"),
+        ("small.png", ["dog", "magic"], "There is no method"),
+    ],
+)
+def test_bad_input_is_answered_with_a_sentence(client, folder, name, question, sentence):
+    with pytest.raises(AppError, match=sentence) as error:
+        client.predict(gradio_client.handle_file(folder / name), *question, api_name="/explain")
+    assert str(folder) not in str(error.value)
+
+
+def test_a_method_that_cannot_be_loaded_tells_no_place_of_the_machine(client, folder, monkeypatch):
+    def load_tower(*arguments, **options):
+        raise OSError(f"{folder}: this folder holds other files")
+
+    monkeypatch.setattr(app, "Engine", load_tower)
+    with pytest.raises(AppError, match="cannot load what this method needs") as error:
+        client.predict(gradio_client.handle_file(folder / "small.png"), "dog", "itsm", api_name="/explain")
+    assert str(folder) not in str(error.value)
 
 
 def test_no_file_that_was_not_uploaded_is_opened(server, folder, recorded):

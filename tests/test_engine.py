@@ -90,6 +90,19 @@ def test_a_model_trained_by_a_softmax_has_no_presence(tiny_processor):
     assert replace(found, image=None)._repr_png_() is None
 
 
+def test_a_turned_photograph_is_that_of_its_file(tiny_processor, tmp_path):
+    """An image of PIL keeps the pixels as the camera stores them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    IMAGES[0].save(tmp_path / "turned.png", exif=exif)
+    engine = engine_of(sigmoid_model(), tiny_processor)
+    with Image.open(tmp_path / "turned.png") as image:
+        (found,) = engine.run([image], TEXTS)
+    expected = explain(engine.model, tmp_path / "turned.png", TEXTS, refine=False)
+    assert found.size == (60, 40) and found.image.size == (40, 60)
+    assert_same(found, expected)
+
+
 def assert_same(one, other):
     assert (one.labels, one.size) == (other.labels, other.size)
     torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-5, rtol=0)

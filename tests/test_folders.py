@@ -18,7 +18,7 @@ import torch
 import yaml
 from conftest import iclip, noise, save, save_towers, tiny_model
 from huggingface_hub import ModelCard
-from training_runs import run
+from training_runs import run, write_table
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
@@ -196,8 +196,11 @@ def test_what_is_saved_names_no_code_of_the_folder_that_was_loaded(source, tmp_p
         content = json.loads(file.read_text())
         file.write_text(json.dumps(content | code | ({part: content[part] | code} if part else {})))
     assert iclip("export", tmp_path / "model", tmp_path / "exported") == 0
-    saved = "".join(path.read_text() for path in (tmp_path / "exported").glob("*.json"))
-    assert saved and "evil/repo" not in saved and "trap" not in saved
+    command = ["train", write_table(tmp_path / "data", 8), "--model", tmp_path / "model"]
+    assert iclip(*command, "--output_dir", tmp_path / "run", "--max_steps", 1, "--save_steps", 1) == 0
+    for folder in (tmp_path / "exported", tmp_path / "run" / "checkpoint-1"):
+        saved = "".join(path.read_text() for path in folder.glob("*.json"))
+        assert saved and "evil/repo" not in saved and "trap" not in saved
 
 
 def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(tmp_path, tiny_processor, monkeypatch):
@@ -328,6 +331,8 @@ def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert init(towers, tmp_path / "new", text=towers / "config") == 2
     assert f"{towers / 'config'}: this is an ICLIP model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    assert init(towers, towers / "vision" / "new") == 2  # a folder that it reads
+    assert str(towers / "vision" / "new") in capsys.readouterr().err and not (towers / "vision" / "new").exists()
 
 
 @pytest.mark.slow

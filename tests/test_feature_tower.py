@@ -185,6 +185,27 @@ def test_the_loss_reads_patches_that_the_image_tower_chooses():
     assert all_patches.patch_tokens.shape == (2, 24, 38)
 
 
+@pytest.mark.parametrize("options", [FEATURES_ALONE, {**FEATURES_ALONE, "peak_share": 1.0, "map_affinity": 0.0}])
+def test_pixels_have_the_gradient_of_the_whole_score(options):
+    """Through both towers, unless the model locks its image tower."""
+    model, inputs = joined_model(lock_vision=False, **options).double(), tiny_inputs(size=(64, 96))
+    with torch.no_grad():
+        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+
+    def score(pixel_values):
+        return model.scores(model.get_image_features(pixel_values), texts).sum()
+
+    pixel_values = inputs["pixel_values"].double().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(pixel_values), pixel_values)
+    (to_features,) = torch.autograd.grad(model.feature_map(pixel_values).square().sum(), pixel_values)
+    step = 1e-2 * to_features.sign()  # which changes the features most
+    with torch.no_grad():
+        difference = score(pixel_values + step) - score(pixel_values - step)
+    torch.testing.assert_close(2 * (gradient * step).sum(), difference.double(), rtol=0.01, atol=0)
+    model.config.lock_vision = True
+    assert torch.autograd.grad(score(pixel_values), pixel_values, allow_unused=True) == (None,)
+
+
 def test_the_feature_tower_is_locked_and_survives_saving(tmp_path):
     model = joined_model(map_attention="signed", lock_vision=False)
     model.save_pretrained(tmp_path)

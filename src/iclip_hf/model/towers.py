@@ -240,11 +240,11 @@ class ICLIPTowers(PreTrainedModel):
             # Layers may be on several devices.
             attention = outputs.attentions[-1] if exchange.class_row is None else exchange.class_row
             raw_attention = attention[:, :, 0, patch_slice].float().mean(1).to(tokens.device)
-        patch_tokens = tokens[:, patch_slice]
-        feature_map = feature_average = None
-        if self.feature_model is not None:
-            feature_map, feature_average = self._encode_features(pixel_values, downsampled, like=patch_tokens)
-            patch_tokens = torch.cat([patch_tokens, self._features_on(grid, feature_map).to(patch_tokens)], -1)
+            patch_tokens = tokens[:, patch_slice]
+            feature_map = feature_average = None
+            if self.feature_model is not None:
+                feature_map, feature_average = self._encode_features(pixel_values, downsampled, like=patch_tokens)
+                patch_tokens = torch.cat([patch_tokens, self._features_on(grid, feature_map).to(patch_tokens)], -1)
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=patch_tokens,
@@ -263,7 +263,6 @@ class ICLIPTowers(PreTrainedModel):
             return tokens
         return torch.cat([tokens, self._features_on(grid, image.feature_map).to(tokens)], -1)
 
-    @torch.no_grad()
     def _encode_features(
         self,
         pixel_values: torch.FloatTensor,
@@ -284,7 +283,6 @@ class ICLIPTowers(PreTrainedModel):
             feature_average = self.feature_reduction(average).to(like)
         return feature_map, feature_average
 
-    @torch.no_grad()
     def _features_on(self, grid: tuple[int, int], feature_map: torch.FloatTensor) -> torch.FloatTensor:
         """Returns the reduced features of the patches of a grid `(B, N, Df)`."""
         on_grid = F.interpolate(feature_map, grid, mode="bilinear", align_corners=False).flatten(2).mT

@@ -1,9 +1,8 @@
-"""Measures what explanations of words are worth, on photographs that show two things of one word each, the
-largest two.
+"""Measures what explanations of words are worth, on photographs that show two things of one word each.
 
     python benchmarks/words.py coco2017:DATA/coco100:train2017
 
-The sentence is "a dog and a bicycle", taken as it is, and maps are not refined. The first table has the share of maps
+The sentence is "a dog and a bicycle", taken as it is, with the largest two things. Maps are not refined. The first table has the share of maps
 that are higher on the mask of their thing than on the mask of the other thing, and the share of maps of "and" that are
 higher on the first. The second table has the mean score of the sentence over all steps of a deletion of its words:
 those with the highest weight first, or the lowest. The weights are
@@ -28,6 +27,7 @@ from iclip_hf.model.engine import Engine
 
 SENTENCE = ("a", None, "and", "a", None)
 THINGS = (1, 4)  # positions of the things in the sentence
+ORDERS = [*permutations(range(len(SENTENCE)))]
 MIN_AREA = 0.02  # of a thing, as a share of the image
 EMPTY = "a"  # stands for the text without words, because no text is empty
 
@@ -50,18 +50,17 @@ def subset_texts(words):
     return {subset: " ".join(words[i] for i in subset) or EMPTY for subset in subsets}
 
 
-def contributions(values, num_words):
+def contributions(values):
     """Returns, for each way to weigh words, the share of each word in values by subset: scores or maps."""
-    positions = range(num_words)
+    positions = range(len(SENTENCE))
     whole, empty = values[tuple(positions)], values[()]
     left_out = [whole - values[tuple(i for i in positions if i != left)] for left in positions]
     alone = [values[i,] - empty for i in positions]
-    shapley = [0.0] * num_words
-    orders = [*permutations(positions)]
-    for order in orders:
+    shapley = [0.0] * len(SENTENCE)
+    for order in ORDERS:
         for rank, word in enumerate(order):
             before = tuple(sorted(order[:rank]))
-            shapley[word] = shapley[word] + (values[tuple(sorted((*before, word)))] - values[before]) / len(orders)
+            shapley[word] = shapley[word] + (values[tuple(sorted((*before, word)))] - values[before]) / len(ORDERS)
     return {"leaving one out": left_out, "the word alone": alone, "Shapley values": shapley}
 
 
@@ -75,7 +74,6 @@ def measure(dataset):
     model = load("embedded")
     engine = Engine(model, model.processor, templates=["{}"])
     hits, controls, curves = {}, {}, {"random order": []}
-    orders = [*permutations(range(len(SENTENCE)))]
     for image, names, masks in two_things(dataset):
         words = [*SENTENCE]
         for position, name in zip(THINGS, names):
@@ -87,14 +85,14 @@ def measure(dataset):
         raw_maps = dict(zip(subsets, explanation.raw_maps.double()))
         shares = [torch.from_numpy(mask).double()[None, None] for mask in masks]
         shares = [torch.nn.functional.interpolate(share, size, mode="area")[0, 0] for share in shares]
-        weights = contributions(scores, len(words))
-        for method, maps in contributions(raw_maps, len(words)).items():
+        weights = contributions(scores)
+        for method, maps in contributions(raw_maps).items():
             first, second = ([(maps[i] * share).sum() / share.sum() for i in range(len(words))] for share in shares)
             hits.setdefault(method, []).extend([first[1] > second[1], second[4] > first[4]])
             controls.setdefault(method, []).append(first[2] > second[2])
             ways = [deletion(scores, weights[method], descending) for descending in (True, False)]
             curves.setdefault(method, []).append(ways)
-        curves["random order"].append([np.mean([deletion(scores, np.array(order), True) for order in orders])])
+        curves["random order"].append([np.mean([deletion(scores, np.array(order), True) for order in ORDERS])])
     print(f"{len(controls['leaving one out'])} photographs\n")
     percent = {method: [100 * np.mean(shares) for shares in (hits[method], controls[method])] for method in hits}
     rows = [[method, f"{hit:.1f}", f"{control:.1f}"] for method, (hit, control) in percent.items()]

@@ -48,7 +48,8 @@ class Columns(NamedTuple):
 
     def texts(self, row: Mapping) -> PairTexts:
         """
-        Returns the captions of the first column with text, if there is one, and the labels.
+        Returns the captions of the first column with text, if there is one, and the labels. Raises `ValueError` for
+        labels, `complete` or `class_probabilities` of another form.
         """
         parts = [row]
         if isinstance(row.get("json"), Mapping):  # of a shard

@@ -2,10 +2,10 @@
 
     python benchmarks/words.py coco2017:DATA/coco100:train2017
 
-The sentence is "a dog and a bicycle", taken as it is, with the largest two things. Maps are not refined. The first table has the share of maps
-that are higher on the mask of their thing than on the mask of the other thing, and the share of maps of "and" that are
-higher on the first. The second table has the mean score of the sentence over all steps of a deletion of its words:
-those with the highest weight first, or the lowest. The weights are
+The sentence is "a dog and a bicycle", taken as it is, with the largest two things. Maps are not refined. The first
+table has the share of maps that are higher on the mask of their thing than on the mask of the other thing, and the
+share of maps of "and" that are higher on the first. The second table has the mean score of the sentence over all steps
+of a deletion of its words: those with the highest weight first, or the lowest. The weights are
 
 - leaving one out, as in `explain(words=True)`: what the sentence loses without the word;
 - the word alone: the score of the text that has this word only, minus the score of "a";

@@ -9,9 +9,13 @@ of a deletion of its words: those with the highest weight first, or the lowest. 
 
 - leaving one out, as in `explain(words=True)`: what the sentence loses without the word;
 - the word alone: the score of the text that has this word only, minus the score of "a";
-- Shapley values: the mean of what the word adds to the words before it, over all orders of the words.
+- Shapley values: the mean of what the word adds to the words before it, over all orders of the words;
+- second order: the attribution of Möller et al. before the first layer of the text tower, or before the last. The
+  reference has padding in place of the words. What a word adds to the vectors of the sentence is compared with the
+  image, at the peak of the sentence's map;
+- relevance: that of Chefer et al. for tokens of the text, from the last layer or from all. It has no maps.
 
-A map of a word is the same difference of the maps.
+A map of a word is the same difference of the maps, or the cosines of the patches and of what the word adds.
 """
 
 from itertools import permutations
@@ -19,10 +23,12 @@ from itertools import permutations
 import numpy as np
 import torch
 from measuring import command_line, table
+from second_order import token_contributions
 
 from iclip_hf import load
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.model.engine import Engine
+from iclip_hf.model.similarity import cosine_similarity_map
 
 
 SENTENCE = ("a", None, "and", "a", None)
@@ -64,6 +70,54 @@ def contributions(values):
     return {"leaving one out": left_out, "the word alone": alone, "Shapley values": shapley}
 
 
+class TextTower:
+    """Attributions from inside the text tower of an ICLIP model, for one sentence at a time."""
+
+    def __init__(self, model):
+        self.network, self.tokenizer = model.network, model.processor.tokenizer
+        self.network.text_model.requires_grad_().set_attn_implementation("eager")  # returns attention
+        self.layers = self.network.text_model.encoder.layer
+
+    def tokenize(self, words):
+        """Returns the token ids of words and, for each word, which of them are its own, `(W, L)`."""
+        encoding = self.tokenizer(words, is_split_into_words=True, return_tensors="pt")
+        owners = encoding.word_ids()
+        return encoding["input_ids"], torch.tensor([[owner == word for owner in owners] for word in range(len(words))])
+
+    def score(self, features, text_embeds, map_text_embeds, peak):
+        """Computes what vectors of texts add to the score, as [`ICLIPModel.scores`] does, at one cell of the map."""
+        share, map_scores = self.network.config.peak_share, features.patch_embeds[0].flatten(0, 1)[peak]
+        return (1 - share) * text_embeds @ features.image_embeds[0] + share * map_text_embeds @ map_scores
+
+    def second_order(self, features, words, layer):
+        """Returns the weight and the map of each word."""
+        ids, owned = self.tokenize(words)
+
+        def encode(ids):
+            text = self.network.get_text_features(ids)
+            return torch.cat([text.text_embeds, text.map_text_embeds], -1)
+
+        reference = ids.masked_fill(owned.any(0), self.tokenizer.pad_token_id)
+        tokens = token_contributions(encode, self.layers[layer], ids, reference)
+        size = self.network.config.projection_dim
+        text_embeds, map_text_embeds = (owned.to(tokens) @ tokens).split([size, tokens.shape[-1] - size], -1)
+        whole = self.network.get_text_features(ids).map_text_embeds
+        peak = cosine_similarity_map(features.patch_embeds, whole).argmax()
+        maps = cosine_similarity_map(features.map_embeds, map_text_embeds)[0]
+        return self.score(features, text_embeds, map_text_embeds, peak).detach().numpy(), maps.detach().double()
+
+    def relevance(self, features, words, layers):
+        """Returns the weight of each word."""
+        ids, owned = self.tokenize(words)
+        text = self.network.get_text_features(ids, output_attentions=True)
+        score = self.network.scores(features, text)[0, 0]
+        attentions = text.attentions[layers]
+        relevance = torch.eye(ids.shape[-1])
+        for attention, gradient in zip(attentions, torch.autograd.grad(score, attentions)):
+            relevance = relevance + (attention * gradient)[0].relu().mean(0) @ relevance
+        return (owned.float() @ relevance.mean(0)).detach().numpy()  # the tower averages its tokens
+
+
 def deletion(scores, weights, descending):
     """Returns the mean score of a sentence whose words are deleted by their weights."""
     order = np.argsort(weights)[::-1] if descending else np.argsort(weights)
@@ -72,7 +126,7 @@ def deletion(scores, weights, descending):
 
 def measure(dataset):
     model = load("embedded")
-    engine = Engine(model, model.processor, templates=["{}"])
+    engine, tower = Engine(model, model.processor, templates=["{}"]), TextTower(model)
     hits, controls, curves = {}, {}, {"random order": []}
     for image, names, masks in two_things(dataset):
         words = [*SENTENCE]
@@ -85,13 +139,20 @@ def measure(dataset):
         raw_maps = dict(zip(subsets, explanation.raw_maps.double()))
         shares = [torch.from_numpy(mask).double()[None, None] for mask in masks]
         shares = [torch.nn.functional.interpolate(share, size, mode="area")[0, 0] for share in shares]
-        weights = contributions(scores)
-        for method, maps in contributions(raw_maps).items():
+        weights, word_maps = contributions(scores), contributions(raw_maps)
+        with torch.no_grad():
+            features = model.network.get_image_features(model.processor(images=image)["pixel_values"])
+        for name, layer in (("first", 0), ("last", -1)):
+            name = f"second order, before the {name} layer"
+            weights[name], word_maps[name] = tower.second_order(features, words, layer)
+        for name, layers in (("the last layer", slice(-1, None)), ("all layers", slice(None))):
+            weights[f"relevance, {name}"] = tower.relevance(features, words, layers)
+        for method, maps in word_maps.items():
             first, second = ([(maps[i] * share).sum() / share.sum() for i in range(len(words))] for share in shares)
             hits.setdefault(method, []).extend([first[1] > second[1], second[4] > first[4]])
             controls.setdefault(method, []).append(first[2] > second[2])
-            ways = [deletion(scores, weights[method], descending) for descending in (True, False)]
-            curves.setdefault(method, []).append(ways)
+        for method, values in weights.items():
+            curves.setdefault(method, []).append([deletion(scores, values, descending) for descending in (True, False)])
         curves["random order"].append([np.mean([deletion(scores, np.array(order), True) for order in ORDERS])])
     print(f"{len(controls['leaving one out'])} photographs\n")
     percent = {method: [100 * np.mean(shares) for shares in (hits[method], controls[method])] for method in hits}

@@ -165,3 +165,12 @@ def _loaded(model, weights):
     assert not unexpected and not of_tower, (of_tower, unexpected)
     nn.init.constant_(model.logit_scale, math.log(LOGIT_SCALE))
     return model.eval()
+
+
+def draw_text_tower(model):
+    """Draws the weights of the text tower of a model of open_clip."""
+    draw = np.random.RandomState(49).standard_normal
+    for name, value in model.state_dict().items():
+        if not name.startswith("visual.") and value.ndim:
+            value.copy_(torch.from_numpy(draw(tuple(value.shape)) * value.shape[-1] ** -0.5))
+    return model

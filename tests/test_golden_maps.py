@@ -17,6 +17,7 @@ are those of `golden.py`. The maps are raw, before they are resized and stretche
 | `sc_clip` | SuleBai/SC-CLIP 0417ba92, one image at a time |
 | `resclip` | yvhangyang/ResCLIP 0e085f7f, one image at a time, with PAMR |
 | `bi_modal` | hila-chefer/Transformer-MM-Explainability 58eaea85 |
+| `second_order` | exclip 1.1, of `benchmarks/second_order.py`, not a method |
 
 The authors' code was changed in these places:
 
@@ -29,6 +30,7 @@ The authors' code was changed in these places:
 - `clip_surgery/resnet` are the cosines before feature surgery, which weights texts by another score than the model's.
 """
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +46,11 @@ from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.replaced_attention import ReplacedAttention
 from iclip_hf.model.batches import for_images, select_texts
 from iclip_hf.model.outputs import ICLIPTextFeatures
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from second_order import token_contributions
 
 
 pytest.importorskip("open_clip", reason="needs open_clip_torch")
@@ -148,7 +155,37 @@ def test_maps_are_those_of_the_authors_code(models, made, name, method, options,
 
 def test_every_golden_map_is_compared():
     compared = {f"{name}/{size}" for name, *_ in CASES for size in SIZES}
-    assert {name for name in GOLDEN if "tokens" not in name} - compared == {"clip_surgery/one_text/empty"}
+    others = {"clip_surgery/one_text/empty", "second_order/block2", "second_order/block5"}
+    assert {name for name in GOLDEN if "tokens" not in name} - compared == others
+
+
+@pytest.mark.parametrize("block", [2, 5])
+def test_attributions_of_tokens_and_patches_are_those_of_the_authors_code(block):
+    model = golden.draw_text_tower(golden.open_clip_model("vit"))
+    ids, empty = torch.tensor([[62, 5, 17, 30, 9, 63] + [0] * 6]), torch.tensor([[62, 0, 63] + [0] * 9])
+    image = golden.images(*SIZES["square"])[:1]
+    of_text = token_contributions(model.encode_text, model.transformer.resblocks[0], ids, empty)
+    of_image = token_contributions(
+        model.encode_image, model.visual.transformer.resblocks[block], image, torch.zeros_like(image)
+    )
+    pairs = (of_text @ of_image.T)[:6, 1:].unflatten(1, (7, 7))
+    expected = torch.from_numpy(GOLDEN[f"second_order/block{block}"])
+    pairs = pairs / model.encode_text(ids).norm() / model.encode_image(image).norm() / expected.abs().max()
+    torch.testing.assert_close(pairs, expected / expected.abs().max(), atol=1e-5, rtol=1e-5)
+
+
+def test_contributions_of_tokens_add_up():
+    model, image = golden.transformers_model(), golden.images(*SIZES["square"])[:1]
+
+    def encode(pixel_values):
+        return model.get_image_features(pixel_values).pooler_output
+
+    def error(steps):
+        added = token_contributions(encode, layer, image, torch.zeros_like(image), steps).sum(0)
+        return (added - whole).norm() / whole.norm()
+
+    whole, layer = (encode(image) - encode(torch.zeros_like(image)))[0], model.vision_model.encoder.layers[3]
+    assert error(100) < min(error(10) / 5, 0.02)
 
 
 @pytest.mark.parametrize(

@@ -35,5 +35,6 @@ def token_contributions(encode, layer, inputs, reference, steps=10):
     finally:
         handle.remove()
     states, difference = path
-    jacobian = (torch.autograd.grad(value, states, retain_graph=True)[0].sum(0) for value in embeddings)
-    return torch.stack([(rows * difference[0]).sum(-1) for rows in jacobian], -1)
+    each = torch.eye(embeddings.shape[-1], device=states.device)
+    jacobian = torch.autograd.grad(embeddings, states, each, is_grads_batched=True)[0].sum(1)  # (D, L, C)
+    return torch.einsum("dlc,lc->ld", jacobian, difference[0])

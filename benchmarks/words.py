@@ -84,27 +84,22 @@ class TextTower:
         owners = encoding.word_ids()
         return encoding["input_ids"], torch.tensor([[owner == word for owner in owners] for word in range(len(words))])
 
-    def score(self, features, text_embeds, map_text_embeds, peak):
-        """Computes what vectors of texts add to the score, as [`ICLIPModel.scores`] does, at one cell of the map."""
-        share, map_scores = self.network.config.peak_share, features.patch_embeds[0].flatten(0, 1)[peak]
-        return (1 - share) * text_embeds @ features.image_embeds[0] + share * map_text_embeds @ map_scores
-
     def second_order(self, features, words, layer):
         """Returns the weight and the map of each word."""
         ids, owned = self.tokenize(words)
+        share, patches = self.network.config.peak_share, features.patch_embeds[0].flatten(0, 1)
+        peak = (patches @ self.network.get_text_features(ids).map_text_embeds[0]).argmax()
 
-        def encode(ids):
+        def compare(ids):
             text = self.network.get_text_features(ids)
-            return torch.cat([text.text_embeds, text.map_text_embeds], -1)
+            score = (1 - share) * text.text_embeds @ features.image_embeds.T
+            score = score + share * text.map_text_embeds @ patches[peak][:, None]
+            cosines = cosine_similarity_map(features.map_embeds, text.map_text_embeds)[0]
+            return torch.cat([score, cosines.flatten(1)], -1)
 
         reference = ids.masked_fill(owned.any(0), self.tokenizer.pad_token_id)
-        tokens = token_contributions(encode, self.layers[layer], ids, reference)
-        size = self.network.config.projection_dim
-        text_embeds, map_text_embeds = (owned.to(tokens) @ tokens).split([size, tokens.shape[-1] - size], -1)
-        whole = self.network.get_text_features(ids).map_text_embeds
-        peak = cosine_similarity_map(features.patch_embeds, whole).argmax()
-        maps = cosine_similarity_map(features.map_embeds, map_text_embeds)[0]
-        return self.score(features, text_embeds, map_text_embeds, peak).detach().numpy(), maps.detach().double()
+        values = owned.float() @ token_contributions(compare, self.layers[layer], ids, reference)
+        return values[:, 0].numpy(), values[:, 1:].unflatten(1, features.map_embeds.shape[1:3]).double()
 
     def relevance(self, features, words, layers):
         """Returns the weight of each word."""
@@ -112,10 +107,12 @@ class TextTower:
         text = self.network.get_text_features(ids, output_attentions=True)
         score = self.network.scores(features, text)[0, 0]
         attentions = text.attentions[layers]
-        relevance = torch.eye(ids.shape[-1])
+        each = torch.eye(ids.shape[-1])
+        relevance = each
         for attention, gradient in zip(attentions, torch.autograd.grad(score, attentions)):
             relevance = relevance + (attention * gradient)[0].relu().mean(0) @ relevance
-        return (owned.float() @ relevance.mean(0)).detach().numpy()  # the tower averages its tokens
+        # The tower averages its tokens. Each token's relevance for itself would count the pieces of a word.
+        return (owned.float() @ (relevance - each).mean(0)).detach().numpy()
 
 
 def deletion(scores, weights, descending):
@@ -152,7 +149,9 @@ def measure(dataset):
             hits.setdefault(method, []).extend([first[1] > second[1], second[4] > first[4]])
             controls.setdefault(method, []).append(first[2] > second[2])
         for method, values in weights.items():
-            curves.setdefault(method, []).append([deletion(scores, values, descending) for descending in (True, False)])
+            curves.setdefault(method, []).append(
+                [deletion(scores, values, descending) for descending in (True, False)]
+            )
         curves["random order"].append([np.mean([deletion(scores, np.array(order), True) for order in ORDERS])])
     print(f"{len(controls['leaving one out'])} photographs\n")
     percent = {method: [100 * np.mean(shares) for shares in (hits[method], controls[method])] for method in hits}

@@ -11,11 +11,10 @@ of a deletion of its words: those with the highest weight first, or the lowest. 
 - the word alone: the score of the text that has this word only, minus the score of "a";
 - Shapley values: the mean of what the word adds to the words before it, over all orders of the words;
 - second order: the attribution of Möller et al. before the first layer of the text tower, or before the last. The
-  reference has padding in place of the words. What a word adds to the vectors of the sentence is compared with the
-  image, at the peak of the sentence's map;
+  reference has padding in place of the words;
 - relevance: that of Chefer et al. for tokens of the text, from the last layer or from all. It has no maps.
 
-A map of a word is the same difference of the maps, or the cosines of the patches and of what the word adds.
+A map of a word is the same difference of the maps, or what the word adds to the cosines of the patches.
 """
 
 from itertools import permutations
@@ -87,15 +86,11 @@ class TextTower:
     def second_order(self, features, words, layer):
         """Returns the weight and the map of each word."""
         ids, owned = self.tokenize(words)
-        share, patches = self.network.config.peak_share, features.patch_embeds[0].flatten(0, 1)
-        peak = (patches @ self.network.get_text_features(ids).map_text_embeds[0]).argmax()
 
         def compare(ids):
             text = self.network.get_text_features(ids)
-            score = (1 - share) * text.text_embeds @ features.image_embeds.T
-            score = score + share * text.map_text_embeds @ patches[peak][:, None]
             cosines = cosine_similarity_map(features.map_embeds, text.map_text_embeds)[0]
-            return torch.cat([score, cosines.flatten(1)], -1)
+            return torch.cat([self.network.scores(features, text).T, cosines.flatten(1)], -1)
 
         reference = ids.masked_fill(owned.any(0), self.tokenizer.pad_token_id)
         values = owned.float() @ token_contributions(compare, self.layers[layer], ids, reference)
@@ -107,12 +102,11 @@ class TextTower:
         text = self.network.get_text_features(ids, output_attentions=True)
         score = self.network.scores(features, text)[0, 0]
         attentions = text.attentions[layers]
-        each = torch.eye(ids.shape[-1])
-        relevance = each
+        itself = relevance = torch.eye(ids.shape[-1])
         for attention, gradient in zip(attentions, torch.autograd.grad(score, attentions)):
             relevance = relevance + (attention * gradient)[0].relu().mean(0) @ relevance
         # The tower averages its tokens. Each token's relevance for itself would count the pieces of a word.
-        return (owned.float() @ (relevance - each).mean(0)).detach().numpy()
+        return (owned.float() @ (relevance - itself).mean(0)).detach().numpy()
 
 
 def deletion(scores, weights, descending):
@@ -130,6 +124,7 @@ def measure(dataset):
         for position, name in zip(THINGS, names):
             words[position] = name
         subsets = subset_texts(words)
+        (image,) = engine.encode_images([engine.prepare(image)])
         (explanation,) = engine.run([image], [*subsets.values()])
         scores = dict(zip(subsets, explanation.scores.double().numpy()))
         size = explanation.raw_maps.shape[-2:]
@@ -137,8 +132,7 @@ def measure(dataset):
         shares = [torch.from_numpy(mask).double()[None, None] for mask in masks]
         shares = [torch.nn.functional.interpolate(share, size, mode="area")[0, 0] for share in shares]
         weights, word_maps = contributions(scores), contributions(raw_maps)
-        with torch.no_grad():
-            features = model.network.get_image_features(model.processor(images=image)["pixel_values"])
+        (features,) = image.features
         for name, layer in (("first", 0), ("last", -1)):
             name = f"second order, before the {name} layer"
             weights[name], word_maps[name] = tower.second_order(features, words, layer)
@@ -149,9 +143,8 @@ def measure(dataset):
             hits.setdefault(method, []).extend([first[1] > second[1], second[4] > first[4]])
             controls.setdefault(method, []).append(first[2] > second[2])
         for method, values in weights.items():
-            curves.setdefault(method, []).append(
-                [deletion(scores, values, descending) for descending in (True, False)]
-            )
+            ways = [deletion(scores, values, descending) for descending in (True, False)]
+            curves.setdefault(method, []).append(ways)
         curves["random order"].append([np.mean([deletion(scores, np.array(order), True) for order in ORDERS])])
     print(f"{len(controls['leaving one out'])} photographs\n")
     percent = {method: [100 * np.mean(shares) for shares in (hits[method], controls[method])] for method in hits}

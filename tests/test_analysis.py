@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import analyses
 import numpy as np
 import pytest
 import torch
+from analyses import box_iou, channel_matches, foreground_tokens, main, prompt_hits, semantic_shift
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +17,6 @@ from PIL import Image
 from iclip_hf import load
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.outputs import ICLIPImageFeatures
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import analyses
-from analyses import box_iou, channel_matches, foreground_tokens, main, prompt_hits, semantic_shift
 
 
 class Sample:

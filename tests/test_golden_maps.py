@@ -30,7 +30,6 @@ The authors' code was changed in these places:
 - `clip_surgery/resnet` are the cosines before feature surgery, which weights texts by another score than the model's.
 """
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +38,7 @@ import numpy as np
 import pytest
 import torch
 from families import raw_maps
+from second_order import token_contributions
 from transformers import CLIPImageProcessor
 
 from iclip_hf import load
@@ -46,11 +46,6 @@ from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.replaced_attention import ReplacedAttention
 from iclip_hf.model.batches import for_images, select_texts
 from iclip_hf.model.outputs import ICLIPTextFeatures
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from second_order import token_contributions
 
 
 pytest.importorskip("open_clip", reason="needs open_clip_torch")

@@ -1,6 +1,5 @@
 """The tutorial runs top to bottom, as a reader would run it, and is committed with what it showed."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +7,10 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra [dev]")
 pytest.importorskip("nbclient", reason="needs the extra [dev]")
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "notebooks"))
-
 from execute import NOTEBOOK, cleaned, executed  # noqa: E402
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def check(notebook) -> None:

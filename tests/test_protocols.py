@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import golden
 import numpy as np
+import published
 import pytest
 import torch
 from conftest import bilinear, evaluate_model, iclip, save, tiny_image_processor, tiny_model
@@ -269,9 +270,6 @@ def test_a_protocol_takes_options_of_the_method_and_chooses_a_threshold(dataset,
 
 def test_published_tables_are_measured_resumed_and_in_the_page(voc, world, tmp_path, monkeypatch):
     root = Path(__file__).parents[1]
-    monkeypatch.syspath_prepend(root / "benchmarks")
-    import published
-
     page = (root / "docs" / "results.md").read_text(encoding="utf-8")
     assert f"<!-- published -->\n\n{published.results_table()}\n\n<!-- end -->" in page
     output = tmp_path / "runs"

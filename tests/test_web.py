@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import QuietHandler, iclip, noise, opened, save, served, tiny_model
 from huggingface_hub import ModelCard
+from npm_server import npm_server
 from PIL import Image, ImageOps
 
 from iclip_hf import ICLIPProcessor, explain
@@ -36,10 +37,6 @@ from iclip_hf.plots import example_image
 from iclip_hf.plots.colors import color_table
 from iclip_hf.web import export as web
 from iclip_hf.web import server, viewer
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from npm_server import npm_server
 
 
 READY = "#go:not([disabled])"

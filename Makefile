@@ -37,6 +37,7 @@ METHODS += clearclip naclip proxyclip
 pictures: .venv/.installed
 	$(EXPLAIN) --output docs/demo.jpg
 	$(BIN)/iclip compare $(EXAMPLE) --text tower --methods $(METHODS) --output docs/methods.jpg
+	$(BIN)/iclip explain $(EXAMPLE) --text "a tower behind trees under the sky" --words --output docs/words.jpg
 	sed -n '/^```python$$/,/^```$$/{/^```/!p}' README.md | (cd docs && $(CURDIR)/$(BIN)/python -)
 	$(BIN)/python notebooks/execute.py
 

@@ -83,6 +83,9 @@ def test_texts_are_typed_between_commas_or_one_a_line():
     for typed in (" , ", ",".join(map(str, range(13))), "dog\n" + "a" * 1001):
         with pytest.raises(ValueError, match="1 to 12 texts|at most 1000 characters"):
             questions.asked_texts(typed)
+    assert questions.asked_texts("a dog, asleep", words=True)[:3] == ["a dog, asleep", "dog, asleep", "a , asleep"]
+    with pytest.raises(ValueError, match="at most 24 words"):
+        questions.asked_texts("dog " * 25, words=True)
 
 
 def test_the_maps_are_those_of_explain_at_the_size_of_the_view(tiny_processor, explained):
@@ -142,6 +145,16 @@ def test_maps_are_refined_or_at_two_scales_on_request(client, folder, world):
         np.testing.assert_allclose(np.load(npz)["maps"], expected.maps, atol=1e-3)
 
 
+def test_the_words_of_a_sentence_are_explained_on_request(client, folder, world):
+    photo = gradio_client.handle_file(folder / "small.png")
+    value, _ = client.predict(photo, "dog, red ball", "itsm", False, False, True, api_name="/explain")
+    model, image = (world.model, world.processor), Image.open(folder / "small.png")
+    expected = explain(model, image, "dog, red ball", words=True, refine=False)
+    assert value["are_words"] and [row["text"] for row in value["texts"]] == ["dog", ",", "red", "ball"]
+    np.testing.assert_allclose([row["score"] for row in value["texts"]], expected.scores, atol=1e-4)
+    np.testing.assert_allclose(drawn_maps(value), expected.maps, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "question", "sentence"),
     [
@@ -168,7 +181,7 @@ def test_a_method_that_cannot_be_loaded_tells_no_place_of_the_machine(client, fo
 def test_no_file_that_was_not_uploaded_is_opened(server, folder, recorded):
     def ask(path):
         photo = {"path": path, "orig_name": "photo.png", "meta": {"_type": "gradio.FileData"}}
-        content = {"data": [photo, "dog", "itsm", False, False]}
+        content = {"data": [photo, "dog", "itsm", False, False, False]}
         asked = httpx.post(f"{server}gradio_api/call/explain", json=content, **PATIENT)
         answer = httpx.get(f"{asked.url}/{asked.json()['event_id']}", **PATIENT)
         return answer.text.splitlines()[0].removeprefix("event: ")

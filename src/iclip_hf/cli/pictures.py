@@ -69,7 +69,6 @@ class _Texts(NamedTuple):
     best: int | None  # number of texts to explain for each image, see `Engine.run`
     encoded: ICLIPTextFeatures | None
     headings: tuple[str, str]
-    words: list[str] = []  # of the first label; the other labels are the text without each word
 
 
 def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
@@ -119,7 +118,7 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
         entry, line = {}, ""
         if explanation is not None:
             if args.words:
-                explanation = explain_words(explanation, texts.words)
+                explanation = explain_words(explanation)
             explanation = replace(explanation, threshold=args.threshold, min_presence=args.min_presence)
             path = folder / name_for(name, f"{kind}.png") if folder else picture
             entry = {"image": name, **write(name, explanation, path)}
@@ -149,8 +148,7 @@ def _texts(args: argparse.Namespace, engine: Engine) -> _Texts:
             raise ValueError(r"--words takes one --text, a sentence whose commas are written \,.")
         from ..model.words import without_each_word
 
-        words, shorter = without_each_word(args.texts[0])
-        return _Texts([*args.texts, *shorter], None, None, ("word", "presence"), words)
+        return _Texts(without_each_word(args.texts[0]), None, None, ("word", "presence"))
     if args.texts:
         return _Texts(args.texts + args.background, None, None, ("text", "presence"))
     from ..backends.embedded import encoded_vocabulary, vocabulary

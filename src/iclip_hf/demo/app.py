@@ -13,6 +13,7 @@ from ..backends.explainable import ExplainableModel
 from ..backends.loading import load
 from ..explainers import METHODS, make_explainer
 from ..model.engine import Engine
+from ..model.words import explain_words
 from ..utils.errors import require_extra
 from ..web.viewer import MAX_TEXTS, Example, examples, introduction, read_asset, viewer_theme
 from .questions import SeenImage, asked_texts, encode_photo, read_photo, to_npz, viewer_value
@@ -62,13 +63,13 @@ def build_app(model) -> gr.Blocks:
                 viewer, download = _add_answer()
         run = {
             "fn": _explain_function(model, app, photographs, download.GRADIO_CACHE),
-            "inputs": [question.photo, question.typed, question.method, question.refine, question.multi_scale],
+            "inputs": [*question[:6]],
             "outputs": [viewer, download],
             "preprocess": False,  # `read_photo` reads the uploaded file itself
             "concurrency_id": "model",
             "trigger_mode": "always_last",
         }
-        changes = [question.method.change, question.refine.change, question.multi_scale.change]
+        changes = [setting.change for setting in question[2:6]]
         triggers = [app.load, question.photo.upload, question.typed.submit, *changes, question.button.click]
         gr.on(triggers, **run, api_name="explain")
         question.chosen.success(**run, api_visibility="private")
@@ -86,7 +87,7 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
     def seen_image(path: str, multi_scale: bool) -> SeenImage:
         return encode_photo(Engine(model, model.processor, multi_scale=multi_scale), *read_photo(path))
 
-    def explain(photo: dict | None, typed: str, method: str, refine: bool, multi_scale: bool):
+    def explain(photo: dict | None, typed: str, method: str, refine: bool, multi_scale: bool, words: bool):
         if photo is None:
             raise gr.Error("There is no image: upload one.", print_exception=False)
         # Gradio checks only paths that the request marks as files. The path of an upload has a keyed digest, so only
@@ -94,10 +95,11 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
         if not (photo["path"] in app.upload_file_set or photo["path"] in photograph_paths):
             raise gr.Error("The demo does not have this image any more: upload it again.", print_exception=False)
         try:
-            texts = asked_texts(typed)
+            texts = asked_texts(typed, words)
             engine = Engine(model, model.processor, explainer(method), refine=refine, multi_scale=multi_scale)
             seen = seen_image(photo["path"], multi_scale)
             (explanation,) = engine.run([seen.prepared], texts)
+            explanation = explain_words(explanation) if words else explanation
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         except OSError as error:  # of a tower that a method loads; the message names places of this machine
@@ -114,6 +116,7 @@ class _Question(NamedTuple):
     method: gr.Dropdown
     refine: gr.Checkbox
     multi_scale: gr.Checkbox
+    words: gr.Checkbox
     button: gr.Button
     chosen: gr.events.Dependency  # a photograph to try was put into `photo`, and its texts into `typed`
 
@@ -133,6 +136,7 @@ def _add_question(photographs: Sequence[Example], default_method: str) -> _Quest
     multi_scale = gr.Checkbox(
         False, label="Two scales", info="Finer maps and better scores, in ten times the time.", elem_id="multi-scale"
     )
+    words = gr.Checkbox(False, label="Words", info="The texts are one sentence, whose words are explained.")
     button = gr.Button("Explain", variant="primary")
     choices = [[str(example.file), example.texts] for example in photographs]  # values of `photo` and `typed`
     thumbnails = gr.Dataset(
@@ -144,7 +148,7 @@ def _add_question(photographs: Sequence[Example], default_method: str) -> _Quest
     )
     settings = {"show_progress": "hidden", "api_visibility": "private"}
     chosen = thumbnails.click(choices.__getitem__, thumbnails, [photo, typed], **settings)
-    return _Question(photo, typed, method, refine, multi_scale, button, chosen)
+    return _Question(photo, typed, method, refine, multi_scale, words, button, chosen)
 
 
 def _add_answer() -> tuple[gr.HTML, gr.DownloadButton]:

@@ -12,9 +12,10 @@ watch("value", async () => {
   await photo.decode();
   if (value !== props.value) return; // a newer value has arrived
   const texts = value.texts.map(({ text }) => text);
+  const highest = value.are_words && Math.max(...value.texts.map(({ score }) => Math.abs(score)));
   viewer.show({ photo, size: value.size, originalSize: value.original_size, texts, madeBy: value.made_by });
   value.texts.forEach(({ map, unrefined, ...result }, index) => viewer.add(index, {
-    ...result, ...enlarge(rawValues(map), value.grid, ...value.size),
+    ...result, weight: highest ? result.score / highest : 0, ...enlarge(rawValues(map), value.grid, ...value.size),
     unrefined: unrefined && enlarge(rawValues(unrefined), value.unrefined_grid, ...value.size).levels,
   }));
 });

@@ -17,18 +17,28 @@ from ..model.engine import Engine
 from ..model.explanation import Explanation
 from ..model.images import load_image
 from ..model.prompts import split_texts
+from ..model.words import without_each_word
 from ..web.viewer import MAX_CHARACTERS, MAX_TEXTS, shown_size
 
 
 # The preparation for the model takes twenty bytes for each pixel. Models see fewer pixels.
 MAX_SIDE = 2048
+MAX_WORDS = 24
 
 
-def asked_texts(typed: str) -> list[str]:
-    """Returns the texts that a visitor typed, each once. Raises `ValueError` for none, too many or too long texts."""
-    texts = list(dict.fromkeys(split_texts(typed)))
-    if not 1 <= len(texts) <= MAX_TEXTS:
-        raise ValueError(f"Type 1 to {MAX_TEXTS} texts, between commas or one a line, not {len(texts)}.")
+def asked_texts(typed: str, words: bool = False) -> list[str]:
+    """
+    Returns the texts that a visitor typed, each once, or the sentence and the sentence `without_each_word`. Raises
+    `ValueError` for none, too many or too long texts.
+    """
+    if words:
+        texts = without_each_word(typed)
+        if len(texts) > MAX_WORDS + 1:
+            raise ValueError(f"A sentence has at most {MAX_WORDS} words here, not {len(texts) - 1}.")
+    else:
+        texts = list(dict.fromkeys(split_texts(typed)))
+        if not 1 <= len(texts) <= MAX_TEXTS:
+            raise ValueError(f"Type 1 to {MAX_TEXTS} texts, between commas or one a line, not {len(texts)}.")
     longest = max(map(len, texts))
     if longest > MAX_CHARACTERS:
         raise ValueError(f"Texts have at most {MAX_CHARACTERS} characters, but one has {longest}; shorten it.")
@@ -73,6 +83,7 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
     return {
         **seen.shown,
         "made_by": explanation.made_by,
+        "are_words": explanation.sentence is not None,
         "grid": list(explanation.raw_maps.shape[1:]),
         "unrefined_grid": None if unrefined is None else list(unrefined.shape[1:]),
         "texts": [

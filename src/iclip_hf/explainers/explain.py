@@ -136,8 +136,7 @@ def explain_images(
         raise TypeError(f"{min(names)}: what to look for is given as `texts`.")
     best = None
     if words:
-        labels, shorter = without_each_word(texts)
-        texts = [texts, *shorter]
+        texts = without_each_word(texts)
     if texts is None:
         best, texts = NOUNS, vocabulary()
     texts = texts if isinstance(texts, Mapping) else split_texts(texts)
@@ -167,6 +166,6 @@ def explain_images(
 
     explanations = engine.run(map(prepared, images, sizes), texts, batch_size, best, encoded, limits["min_presence"])
     if words:
-        explanations = (each and explain_words(each, labels) for each in explanations)
+        explanations = (each and explain_words(each) for each in explanations)
     bar = tqdm(explanations, total=total, unit="image", disable=not progress)
     return (None if explanation is None else replace(explanation, **limits) for explanation in bar)

@@ -54,6 +54,7 @@ class Explanation:
         method (`str`, *optional*): name of the method that computed the maps.
         refined (`bool`): whether the maps are refined by the colours of the image, see [`refine_maps`]. Refined maps
             show edges of the image, which the model may not use.
+        sentence (`str`, *optional*): the sentence whose words the texts are, see [`~words.explain_words`].
     """
 
     labels: list[str]
@@ -69,6 +70,7 @@ class Explanation:
     method: str | None = None
     refined: bool = False
     unrefined_maps: torch.Tensor | None = None
+    sentence: str | None = None
 
     def __post_init__(self):
         if self.threshold is not None:
@@ -228,8 +230,8 @@ class Explanation:
         Returns the explanation as plain values, for JSON.
 
         Returns:
-            `dict` with `height` and `width` of maps and masks in pixels, `method` and `refined` of the maps, and
-            `texts`, a list of T `dict`:
+            `dict` with `height` and `width` of maps and masks in pixels, `method` and `refined` of the maps, the
+            `sentence` if the texts are its words, and `texts`, a list of T `dict`:
 
             - **text** (`str`), **score** (`float`), **presence** and its **prior** (`float`; both None if the model
               has no presence)
@@ -241,7 +243,8 @@ class Explanation:
             Floats are rounded to 4 decimals, the prior to 4 digits. The presence is not rounded, because it decides
             whether the mask is empty.
         """
-        return {**self.settings(), "texts": [self._text_to_dict(index) for index in range(len(self))]}
+        sentence = {} if self.sentence is None else {"sentence": self.sentence}
+        return {**self.settings(), **sentence, "texts": [self._text_to_dict(index) for index in range(len(self))]}
 
     def to_supervision(self):
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,26 +17,31 @@ if TYPE_CHECKING:
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+(?:['\u2019-]\w+)*|[^\w\s]+")
 
 
-def without_each_word(text: str) -> tuple[list[str], list[str]]:
-    """Returns the words and punctuation marks of a text, and for each the text without it."""
-    matches = [*_WORD.finditer(check_text(text))]
-    shorter = [f"{text[: match.start()].rstrip()} {text[match.end() :].lstrip()}".strip() for match in matches]
-    return [match.group() for match in matches], shorter
+def find_words(text: str) -> list[re.Match]:
+    """Returns the words and punctuation marks of a text."""
+    return [*_WORD.finditer(check_text(text))]
 
 
-def explain_words(explanation: Explanation, words: Sequence[str]) -> Explanation:
+def without_each_word(text: str) -> list[str]:
+    """Returns a text, and for each of its words and punctuation marks the text without it."""
+    words = find_words(text)
+    return [text, *(f"{text[: word.start()].rstrip()} {text[word.end() :].lstrip()}".strip() for word in words)]
+
+
+def explain_words(explanation: Explanation) -> Explanation:
     """
-    Converts the explanation of a text and of the text without each word, in this order, to that of the words. The
-    score of a word is the score that the text loses without it. Its map is what the raw map of the text loses: for
-    maps of cosines, the map of the difference of both texts. Words have no presence.
+    Converts the explanation of the texts of [`without_each_word`] to that of the words. The score of a word is the
+    score that the text loses without it. Its map is what the raw map of the text loses: for maps of cosines, the map
+    of the difference of both texts. Words have no presence.
     """
     scores, raw, unrefined = explanation.scores, explanation.raw_maps, explanation.unrefined_maps
     return replace(
         explanation,
-        labels=[*words],
+        labels=[word.group() for word in find_words(explanation.labels[0])],
         scores=scores[:1] - scores[1:],
         presence=None,
         raw_maps=raw[:1] - raw[1:],
         unrefined_maps=None if unrefined is None else unrefined[:1] - unrefined[1:],
         all_scores=None,
+        sentence=explanation.labels[0],
     )

@@ -13,9 +13,10 @@ from PIL import Image, ImageColor, ImageOps
 
 from ..model.images import load_image
 from ..model.presence import ABSENT, presence_text
+from ..model.words import find_words
 from . import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
-from .lettering import fitted, text_mask
+from .lettering import fitted, text_mask, text_width
 
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def draw(
     """
     Draws an image, and its maps over it: at most 24, in the order of the texts, with absent texts last. Each title has
     the score and, if the model has presence, the presence as a word and a number. The picture of an absent text is
-    faded, because its map is stretched to [0, 1] like all others. Notebooks show an explanation by this picture.
+    faded, because its map is stretched to [0, 1] like all others. Above the maps of words stands their sentence, whose
+    words are orange, or blue if their score is negative, as strongly as it is high. Notebooks show an explanation by
+    this picture.
 
     Example:
 
@@ -92,7 +95,8 @@ def draw(
         presence = presence_text(presences[index], explanation.min_presence)
         notes = " · ".join(filter(None, [presence, f"score {explanation.scores[index]:.2f}"]))
         titles.append(f"{' '.join(explanation.labels[index].split())}\n{notes}")
-    return picture_grid(pictures, titles, columns, color_bar=colormap, dpi=dpi)
+    sheet = picture_grid(pictures, titles, columns, color_bar=colormap, dpi=dpi)
+    return sheet if explanation.sentence is None else _under_sentence(sheet, explanation, dpi / DPI)
 
 
 def png(explanation: Explanation) -> bytes | None:
@@ -249,6 +253,32 @@ def _aspect(pictures: Sequence[Image.Image | None]) -> float:
     """Returns the mean of height divided by width, limited to [1/2, 4/3] so that sheets fit on a page."""
     ratios = [picture.height / picture.width for picture in pictures if picture is not None]
     return min(max(float(np.mean(ratios)), 0.5), 4 / 3)
+
+
+def _under_sentence(sheet: Image.Image, explanation: Explanation, scale: float) -> Image.Image:
+    """Draws the sentence above the sheet of its words. Words that the explanation does not have are not coloured."""
+    margin, size = round(_MARGIN * scale), 1.4 * _TITLE * scale
+    scores = explanation.scores.tolist()
+    highest = max(map(abs, scores)) or 1.0
+    scored = [*zip(explanation.labels, scores)]
+    placed, x, y, end = [], margin, margin, 0
+    for word in find_words(explanation.sentence):
+        score = scored.pop(0)[1] if scored and scored[0][0] == word.group() else 0.0
+        mask = text_mask(word.group(), size)
+        x += round(text_width(" ", size)) if word.start() > end else 0
+        if x + mask.width > sheet.width - margin:
+            x, y = margin, y + round(1.2 * mask.height)
+        color = Image.new("RGB", mask.size, SEGMENTS[0 if score > 0 else 1])
+        color = Image.blend(Image.new("RGB", mask.size, "white"), color, abs(score) / highest)
+        color.paste(_INK, (0, 0), mask)
+        placed.append((color, x, y))
+        x, end = x + mask.width, word.end()
+    top = y + mask.height
+    canvas = Image.new("RGB", (sheet.width, top + sheet.height), "white")
+    canvas.paste(sheet, (0, top))
+    for word, x, y in placed:
+        canvas.paste(word, (x, y))
+    return canvas
 
 
 def _title_block(text: str, width: int, scale: float) -> Image.Image:

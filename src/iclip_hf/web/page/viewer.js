@@ -92,6 +92,8 @@ export function createViewer(element, theme) {
 
   function add(index, result) {
     const panel = Object.assign(panels[index], result);
+    if (panel.weight) // of a word of a sentence, in [-1, 1]
+      panel.caption.style.background = `rgb(${channels(theme.segments[+(panel.weight < 0)]).join(" ")} / ${Math.abs(panel.weight)})`;
     if (panel.word) panel.figure.className = panel.caption.dataset.word = panel.word;
     paintHeat(panel);
     paintOutline(panel);

@@ -21,8 +21,8 @@ CANDIDATES = 8  # number of texts that are compared for each text that is select
 # number. Chosen on captions of photographs of the training data.
 PEOPLE_FIRST = 3.0
 PEOPLE = frozenset(
-    "adult,baby,ballplayer,baseball player,batter,boy,child,crowd,female,girl,groom,guy,kid,lady,male,man,people,person,"
-    "player,rider,scuba diver,skateboarder,skier,snowboarder,surfer,tennis player,toddler,woman".split(",")
+    "adult,baby,ballplayer,baseball player,batter,boy,child,crowd,female,girl,groom,guy,kid,lady,male,man,people,"
+    "person,player,rider,scuba diver,skateboarder,skier,snowboarder,surfer,tennis player,toddler,woman".split(",")
 )
 
 

@@ -153,15 +153,16 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
     assert len({key for batch in seen[3:] for *_, key in batch}) == 48  # of one pass over 64 pairs
 
 
-HELD_OUT = ["--validation_data", "held_out.tar"]
 WORKERS = ["--dataloader_num_workers", 1, "--dataloader_persistent_workers", True]
 WORKERS += ["--dataloader_prefetch_factor", 2, "--dataloader_multiprocessing_context", "fork"]
-# Options of a run, and the forward pass that is interrupted: in the second epoch, or with an evaluation of the first
+BY_EPOCH = [*"--eval_strategy epoch --save_strategy epoch".split(), "--validation_data", "held_out.tar"]
+# Options of a run, and the forward pass that is interrupted: within the second epoch, or the last one
 RESUMED = {
     "stream": (["--data", "org/pairs", "--pairs_per_epoch", 64, "--dataloader_num_workers", 1], 5),
     "cached features": (["--cache_features", "cache", "--lock_text", *WORKERS], 5),
     "kept presence": (["--model", "start", "--lock_text", "--keep_presence", 1], 5),
-    "evaluation by epoch, at the end": ([*"--eval_strategy epoch --save_strategy epoch".split(), *HELD_OUT], 6),
+    "evaluation by epoch": (BY_EPOCH, 5),
+    "evaluation by epoch, at the end": (BY_EPOCH, 6),
 }
 
 

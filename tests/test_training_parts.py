@@ -1,7 +1,6 @@
 """Parts of training against slow or direct computation: schedule, order of pairs, streams, retrieval, augmentation."""
 
 import itertools
-import math
 import random
 from types import SimpleNamespace
 
@@ -22,9 +21,8 @@ from iclip_hf.training import (
     augmentation,
     evaluation,
 )
-from iclip_hf.training.callbacks import EpochsAndSeeds, LogitScaleLimit
+from iclip_hf.training.callbacks import EpochsAndSeeds
 from iclip_hf.training.evaluation import regressed_metrics
-from iclip_hf.training.statistics import _whiten
 from iclip_hf.training.trainer import cosine_schedule
 
 
@@ -175,28 +173,3 @@ def test_dropout_differs_by_step_and_process_and_is_the_same_again():
     draws = [drawn(*step) for step in steps]
     assert len(set(draws)) == len(steps)
     assert draws == [drawn(*step) for step in steps]
-
-
-def test_a_logit_scale_at_its_limit_still_has_a_gradient():
-    """Above 100 the model's own clamp has none; a scale below the limit is left alone."""
-    model = tiny_model()
-    scales = [branch.logit_scale for branch in (model.recognition, model.interpretability) if branch]
-    for value, expected in ((5.0, math.log(100)), (3.0, 3.0)):
-        for scale in scales:
-            scale.data.fill_(value)
-        LogitScaleLimit().on_optimizer_step(None, None, None, model=model)
-        for scale in scales:
-            assert scale.item() == pytest.approx(expected, abs=1e-5)
-            assert scale.item() < math.log(100)
-
-
-@torch.no_grad()
-def test_whitened_features_have_the_mean_zero():
-    torch.manual_seed(0)
-    features = torch.randn(500, 6) @ torch.randn(6, 6) + 3
-    model = SimpleNamespace(config=SimpleNamespace(feature_dim=4), feature_reduction=torch.nn.Linear(6, 4))
-    _whiten(model, features.mean(0), features.T @ features / len(features))
-    whitened = model.feature_reduction(features)
-    torch.testing.assert_close(whitened.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
-    covariance = torch.cov(whitened.T, correction=0)
-    torch.testing.assert_close(covariance / covariance[0, 0], torch.eye(4), atol=1e-2, rtol=0)

@@ -81,7 +81,9 @@ class _Report:
     @cached_property
     def report_folder(self):
         from ..plots.report import ReportFolder
+        from ..utils.files import check_new_folder
 
+        check_new_folder(self.folder)  # again, because another command may have begun to write it
         return ReportFolder(self.folder)
 
     def add(self, name: str, explanation) -> None:

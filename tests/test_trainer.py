@@ -368,16 +368,10 @@ def test_workers_that_persist_see_each_epoch(pairs, tiny_processor, arguments, t
     assert epochs == [{0}, {0}, {1}, {1}, {2}, {2}]
 
 
-def test_each_batch_of_a_step_has_its_own_dropout(pairs, tiny_processor, arguments):
-    states = []
-
-    class Noted(ICLIPTrainer):
-        def compute_loss(self, *arguments, **options):
-            states.append(torch.get_rng_state())
-            return super().compute_loss(*arguments, **options)
-
+def test_each_batch_of_a_step_has_its_own_dropout(pairs, tiny_processor, arguments, recorded):
+    states = recorded(ICLIPTrainer, "compute_loss", lambda *_, **options: torch.get_rng_state())
     args = arguments(gradient_accumulation_steps=2)
-    Noted(tiny_model(), args, train_dataset=pairs, processing_class=tiny_processor).train()
+    ICLIPTrainer(tiny_model(), args, train_dataset=pairs, processing_class=tiny_processor).train()
     assert len(states) == 4 and not any(torch.equal(states[0], other) for other in states[1:])
 
 

@@ -144,16 +144,14 @@ def _open(
     from ..utils.files import check_outputs
 
     inputs = [args.image, args.overrides, *(folder for model in models for folder in model_folders(model))]
-    sample = None
     if (args.dataset is None) != (args.data_root is None):
         raise ValueError("--dataset and --data-root belong together: give both.")
-    if args.dataset is not None:
-        dataset = load_segmentation(args.dataset, args.data_root, args.split, args.overrides)
-        sample = _named_sample(dataset, args)
-        inputs += dataset.files
-    check_outputs([output], inputs)
-    if sample is None:
+    if args.dataset is None:
+        check_outputs([output], inputs)
         return load_named_image(args.image), {}, args.templates
+    dataset = load_segmentation(args.dataset, args.data_root, args.split, args.overrides)
+    sample = _named_sample(dataset, args)
+    check_outputs([output], [*inputs, *dataset.files])
     ids = dict(zip(dataset.class_names, dataset.class_ids))
     texts = args.texts or [dataset.class_names[class_id - 1] for class_id in sample.class_ids]
     true_masks = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}

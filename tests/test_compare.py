@@ -31,16 +31,10 @@ def folder(tmp_path_factory, tiny_processor):
 
 
 @pytest.fixture
-def sheet(monkeypatch):
+def sheet(recorded):
     """What the command gives the plot."""
-    seen = {}
-    draw = sheets.comparison_sheet
-
-    def spy(image, heatmaps, row_titles, words, **options):
-        seen.update(image=image, heatmaps=heatmaps, row_titles=row_titles, words=words)
-        return draw(image, heatmaps, row_titles, words, **options)
-
-    monkeypatch.setattr(sheets, "comparison_sheet", spy)
+    seen, names = {}, ("image", "heatmaps", "row_titles", "words")
+    recorded(sheets, "comparison_sheet", lambda *args, **options: seen.update(zip(names, args)))
     return seen
 
 

@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,17 +111,15 @@ def test_a_second_ctrl_c_stops_at_once_but_not_its_repetition_by_a_launcher(monk
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def interrupt_at(monkeypatch, *steps: int) -> None:
+def interrupt_at(recorded, *steps: int) -> None:
     """Ctrl-C while these steps, counted from one, compute."""
-    compute_loss, taken = ICLIPTrainer.compute_loss, []
+    numbers = count(1)
 
-    def interrupted(self, *args, **options):
-        taken.append(1)
-        if len(taken) in steps:
+    def interrupt(*_, **options):
+        if next(numbers) in steps:
             os.kill(os.getpid(), signal.SIGINT)
-        return compute_loss(self, *args, **options)
 
-    monkeypatch.setattr(ICLIPTrainer, "compute_loss", interrupted)
+    recorded(ICLIPTrainer, "compute_loss", interrupt)
 
 
 @pytest.fixture
@@ -132,10 +130,10 @@ def stream(hub, monkeypatch):
     monkeypatch.setattr("iclip_hf.data.pairs.open_hub_dataset", lambda *name, **options: opened)
 
 
-def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_path, monkeypatch, recorded, stream):
+def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_path, recorded, stream):
     """Six steps: two, then one, then three. Each part is the beginning of the pass that its first step names."""
     seen = recorded(PairCollator, "__call__", lambda self, rows: [row["draw"] for row in rows])
-    interrupt_at(monkeypatch, 2, 3)
+    interrupt_at(recorded, 2, 3)
     arguments = ["--data", "org/pairs", "--pairs_per_epoch", 96, "--num_train_epochs", 1, "--resume"]
     arguments += ["--ignore_data_skip", True]
     for step in (2, 3):
@@ -161,7 +159,7 @@ RESUMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, monkeypatch, stream, name):
+def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, recorded, stream, name):
     """To the bit, with the same evaluations."""
     options, step = RESUMED[name]
     start = save(tmp_path / "start", tiny_model(logit_bias_init_value=-1), tiny_processor)
@@ -169,10 +167,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, m
     arguments = [places.get(option, option) for option in options] + ["--max_steps", 6, "--pictures", 0]
     arguments += ["--learning_rate", 0.01]
     whole = run(hub, tmp_path / "whole", *arguments)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
-        with pytest.raises(KeyboardInterrupt, match="resume from .*checkpoint"):
-            run(hub, tmp_path / "run", *arguments)
+    interrupt_at(recorded, step)
+    with pytest.raises(KeyboardInterrupt, match="resume from .*checkpoint"):
+        run(hub, tmp_path / "run", *arguments)
     resumed = run(hub, tmp_path / "run", *arguments, "--resume")
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     assert evaluations(resumed) == evaluations(whole)

@@ -17,11 +17,9 @@ from iclip_hf.training import ICLIPTrainingArguments
 GOOD = {"vision": "v", "text": "t", "data": "[d]"}
 # An argument, what it is set to, and what of it the error shows.
 BAD = [
-    ("learning_rates", 1, "'learning_rates'"),
     ("eval_dataset", "cocos", "'cocos'"),
     ("batch_size", 9, "'batch_size' is no argument"),
     ("seed", 1.5, "'1.5'"),
-    ("lock_text", "maybe", "maybe"),
     ("data", "[]", "data"),
     ("model", "m", "model='m'"),
     ("vision", "''", "vision=''"),

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -134,17 +135,15 @@ def test_nouns_of_which_none_is_present_are_told(presence, told):
 
 
 @pytest.mark.parametrize(("error", "code"), [(OSError("writing failed"), 2), (KeyboardInterrupt(), 130)])
-def test_reports_before_an_error_or_an_interruption_stay(workspace, tmp_path, capsys, monkeypatch, error, code):
+def test_reports_before_an_error_or_an_interruption_stay(workspace, tmp_path, capsys, recorded, error, code):
     """What took an hour is not lost."""
-    save, seen = explain_command.save_picture, []
+    numbers = count(1)
 
-    def failing(sheet, picture, *options):
-        seen.append(picture)
-        if len(seen) == 9:
+    def fail(*_):
+        if next(numbers) == 9:
             raise error
-        return save(sheet, picture, *options)
 
-    monkeypatch.setattr(explain_command, "save_picture", failing)
+    recorded(explain_command, "save_picture", fail)
     images = [workspace / str(number % 3) / "a.jpg" for number in range(12)]
     assert run(workspace, *images, "--text", "dog", "--output", tmp_path) == code
     out, err = capsys.readouterr()

@@ -117,8 +117,7 @@ def test_filling_a_cache_goes_on_where_it_stopped(tmp_path, tiny_processor, monk
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("size", [0, -1])
-@pytest.mark.parametrize("part", ["keys", "records"])
+@pytest.mark.parametrize(("part", "size"), [("keys", 0), ("records", -1)])
 def test_a_file_that_lost_its_end_is_named(tmp_path, part, size):
     """After a loss of power, an interrupted copy or a full disk."""
     store = FeatureStore(tmp_path)

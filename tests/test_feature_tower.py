@@ -275,6 +275,7 @@ def test_statistics_of_training_images_whiten_the_features(options, views, tiny_
         tokens = model.encode_image(pixel_values).patch_tokens
         everything = model.feature_map(pixel_values).movedim(1, -1).flatten(0, 2).double()
         features = model.feature_reduction(everything.float())
+    torch.testing.assert_close(features.mean(0), torch.zeros(6), atol=1e-2, rtol=0)
     torch.testing.assert_close(features.T.cov(correction=0), 16 * torch.eye(6), atol=0.16, rtol=0)
     # In single precision, a bias of the reduction of about 900 is rounded to 6e-5.
     torch.testing.assert_close(model.token_mean, tokens.mean((0, 1)), atol=5e-4, rtol=1e-4)

@@ -29,18 +29,6 @@ from iclip_hf.model.losses import (
 from iclip_hf.model.pooling import even_heights
 
 
-@pytest.mark.parametrize("parts", [2, 3, 6])
-def test_parts_of_a_batch_average_to_the_whole(parts):
-    """What each process computes from its rows and all columns, against one process with all rows."""
-    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
-    rows = 6 // parts
-    losses = [
-        contrastive_loss(logits[start : start + rows], logits.T[start : start + rows], offset=start)
-        for start in range(0, 6, rows)
-    ]
-    assert torch.stack(losses).mean().item() == pytest.approx(contrastive_loss(logits, logits.mT, 0).item(), abs=1e-6)
-
-
 @pytest.mark.parametrize("counts, expected", [([1, 0], 0.5), ([3, 1], 2.0), ([0, 0], 0.5)])
 def test_sums_of_all_processes_are_divided_by_one_count(counts, expected, monkeypatch):
     """Also where there are fewer values than processes, or none."""

@@ -40,13 +40,10 @@ def here(tmp_path, monkeypatch):
     {
         "pets.v2.csv": "pets",
         "..": "photos",
-        ".": "sub",
         "../cc3m/{00..31}.tar": "cc3m",
-        "../cc3m/*.tar": "cc3m",
         "../cc3m/train-*.tar": "cc3m",
         ".pairs.csv": "sub",
         "/": "pairs",
-        "my pets (1)": "my pets (1)",
     }.items(),
 )
 def test_a_run_has_the_name_of_its_data(tmp_path, monkeypatch, data, name):
@@ -144,17 +141,14 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
 
 def test_bad_settings_are_one_sentence(tmp_path, capsys):
     write_table(tmp_path, 30)
-    (tmp_path / "runs" / "pairs" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
     for arguments, shown in {
-        "pairs.csv --caption_column label": "'label'",
         "pairs.csv --model clip": "clip: ",
         "--config iclip-dinov2-s14-minilm --data pairs.csv": "data/flickr8k/dev-00000.tar: ",
         "pairs.csv --eval_dataset folder": "eval_root: ''",
     }.items():
         assert shown in said(["--output_dir", "new", *arguments.split()], capsys)
-    assert "--output_dir" in said(["pairs.csv"], capsys)  # of runs/pairs, which another run may need
     assert not (tmp_path / "new").exists()
 
 

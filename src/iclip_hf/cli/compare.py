@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
     texts = list(dict.fromkeys(args.texts or true_masks))
     if not texts:
         raise ValueError("There is nothing to look for: give --text, or a --dataset whose IMAGE shows a class.")
+    import numpy as np
+    from PIL import Image
     from tqdm import tqdm
 
     from ..explainers.explain import explain
@@ -74,9 +76,11 @@ def run(args: argparse.Namespace) -> None:
     small_image = at_picture_size(image, dpi)
     columns, presence_words = {}, {}  # by the title of a column; the ground truth has no presence
     if true_masks:
-        columns["ground truth"] = [
-            _shrunk(true_masks[text], small_image) if text in true_masks else None for text in texts
-        ]
+        shrunk = {
+            text: np.asarray(Image.fromarray(mask).resize(small_image.size, Image.Resampling.NEAREST), dtype=float)
+            for text, mask in true_masks.items()
+        }
+        columns["ground truth"] = [shrunk.get(text) for text in texts]
     model_titles = _model_titles(models)
     text_entries = [{"text": text, "scores": {}, "presence": {}} for text in texts]
     notes = [[] for _ in texts]
@@ -140,16 +144,14 @@ def _open(
     from ..utils.files import check_outputs
 
     inputs = [args.image, args.overrides, *(folder for model in models for folder in model_folders(model))]
-    sample = None
     if (args.dataset is None) != (args.data_root is None):
         raise ValueError("--dataset and --data-root belong together: give both.")
-    if args.dataset is not None:
-        dataset = load_segmentation(args.dataset, args.data_root, args.split, args.overrides)
-        sample = _named_sample(dataset, args)
-        inputs += dataset.files
-    check_outputs([output], inputs)
-    if sample is None:
+    if args.dataset is None:
+        check_outputs([output], inputs)
         return load_named_image(args.image), {}, args.templates
+    dataset = load_segmentation(args.dataset, args.data_root, args.split, args.overrides)
+    sample = _named_sample(dataset, args)
+    check_outputs([output], [*inputs, *dataset.files])
     ids = dict(zip(dataset.class_names, dataset.class_ids))
     texts = args.texts or [dataset.class_names[class_id - 1] for class_id in sample.class_ids]
     true_masks = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
@@ -174,11 +176,3 @@ def _named_sample(dataset, args: argparse.Namespace):
         paths = " and ".join(str(sample.image_path) for sample in found[:2])
         raise ValueError(f"{args.image} is the name of {len(found)} images, such as {paths}: name the path of one.")
     return found[0]
-
-
-def _shrunk(mask, image):
-    """Resizes a boolean mask to the size of an image, as zeros and ones."""
-    import numpy as np
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST), dtype=float)

@@ -45,13 +45,6 @@ def texts(typed: str) -> list[str]:
     return parsed
 
 
-@option_type
-def template(text: str) -> str:
-    """Checks a template, or the name of several templates."""
-    check_templates(text)
-    return text
-
-
 def name_of(names: Iterable[str], kind: str) -> Callable[[str], str]:
     """Makes a type for argparse: one of `names`, in the spelling of `names`, see [`known`]."""
     return option_type(lambda typed: known(typed, names, kind))
@@ -93,9 +86,9 @@ SHARED = {
     },
     "--device": {"metavar": "NAME", "help": "cpu, cuda or mps (default: the GPU if there is one, otherwise cpu)"},
     "--template": {
-        "action": "append",
+        "action": "extend",
         "dest": "templates",
-        "type": template,
+        "type": option_type(check_templates),
         "metavar": "TEMPLATE",
         "help": 'template with one {}; repeat the option to average several templates; "{}" uses the texts unchanged, '
         '"imagenet" averages CLIP\'s 80 templates of ImageNet (default: the templates of the model or the data set)',

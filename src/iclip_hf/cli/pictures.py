@@ -89,7 +89,8 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     is_single = names == args.images and len(names) == 1
     if is_single and not is_url(names[0]):
         open_image(names[0], decode=False)  # raises before the model is loaded
-    picture, folder = _outputs(args, kind, names, is_single)
+    plural = f"{kind.removesuffix('s')}s"  # name of the folder, and of the file of entries, of several images
+    picture, folder = _outputs(args, plural, names, is_single)
 
     # Imported after the files are checked, because these import torch.
     from ..explainers import make_explainer
@@ -127,7 +128,7 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
             num_explained += 1
             line = json.dumps(entry, ensure_ascii=False)
         if entry and folder and not is_single:
-            entries_file = entries_file or free_name(folder / f"{_plural(kind)}.jsonl")
+            entries_file = entries_file or free_name(folder / f"{plural}.jsonl")
             # Bytes of a name that are not UTF-8 become escapes.
             with entries_file.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{line}\n")
@@ -161,7 +162,7 @@ def _texts(args: argparse.Namespace, engine: Engine) -> _Texts:
 
 
 def _outputs(
-    args: argparse.Namespace, kind: str, names: Sequence[str], is_single: bool
+    args: argparse.Namespace, plural: str, names: Sequence[str], is_single: bool
 ) -> tuple[Path | None, Path | None]:
     """
     Returns the picture that the user named and None, or None and the folder for pictures. Returns None twice if only
@@ -174,7 +175,7 @@ def _outputs(
         return None, None
     picture, folder = None, output
     if output is None:
-        folder = Path() if is_single else Path(_plural(kind))
+        folder = Path() if is_single else Path(plural)
     elif is_single and output.suffix and not output.is_dir():
         picture, folder = output, None
         check_output_file(output, PICTURE_SUFFIXES)
@@ -182,11 +183,6 @@ def _outputs(
         check_output_folder(output)
     check_outputs([picture or free_name(folder / "new")], [*names, *model_folders(args.model)])
     return picture, folder
-
-
-def _plural(kind: str) -> str:
-    """Returns the name of a folder or file with the entries of several images."""
-    return f"{kind.removesuffix('s')}s"
 
 
 def _printed(entry: dict, texts: _Texts, min_presence: float) -> list[str]:

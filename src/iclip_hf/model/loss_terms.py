@@ -259,18 +259,6 @@ def _captions(batch: BranchBatch) -> torch.Tensor:
     return caption_loss(batch.logits, batch.captions, batch.caption_ids)
 
 
-def _nouns_by_softmax(batch: BranchBatch) -> torch.Tensor:
-    return softmax_noun_loss(batch.logits(batch.prompts), batch.nouns)
-
-
-def _nouns_by_sigmoid(batch: BranchBatch) -> torch.Tensor:
-    return sigmoid_noun_loss(batch.logits(batch.prompts), batch.nouns, batch.config.unknown_weight)
-
-
-def _distillation(batch: BranchBatch) -> torch.Tensor:
-    return distillation_loss(batch.logits(batch.class_prompts), batch.nouns.class_probabilities)
-
-
 def _class_presence(batch: BranchBatch) -> torch.Tensor:
     nouns = batch.nouns
     return class_presence_loss(batch.logits(batch.class_prompts), nouns.class_probabilities, nouns.class_labels)
@@ -304,12 +292,17 @@ LOSS_TERMS = {
         "captions": LossTerm(_captions, lambda batch: 1 - batch.noun_weight),
         # Without a bias, nouns compete; with one, each noun has a loss by itself.
         "nouns_by_softmax": LossTerm(
-            _nouns_by_softmax, lambda batch: batch.noun_weight if batch.branch.logit_bias is None else 0.0
+            lambda batch: softmax_noun_loss(batch.logits(batch.prompts), batch.nouns),
+            lambda batch: batch.noun_weight if batch.branch.logit_bias is None else 0.0,
         ),
         "nouns_by_sigmoid": LossTerm(
-            _nouns_by_sigmoid, lambda batch: 0.0 if batch.branch.logit_bias is None else batch.noun_weight
+            lambda batch: sigmoid_noun_loss(batch.logits(batch.prompts), batch.nouns, batch.config.unknown_weight),
+            lambda batch: 0.0 if batch.branch.logit_bias is None else batch.noun_weight,
         ),
-        "distillation": LossTerm(_distillation, _distillation_weight),
+        "distillation": LossTerm(
+            lambda batch: distillation_loss(batch.logits(batch.class_prompts), batch.nouns.class_probabilities),
+            _distillation_weight,
+        ),
         "class_presence": LossTerm(
             _class_presence,
             lambda batch: 0.0 if batch.branch.logit_bias is None else CLASS_PRESENCE * _distillation_weight(batch),

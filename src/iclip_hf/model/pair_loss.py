@@ -72,7 +72,11 @@ def pair_loss(
             losses.append(branch_loss("map", batch).to(image_embeds.device))  # branches can be on different devices
         attention_loss = 0
         if model.config.map_attention == "signed":
-            attention_loss = _attention_loss(model, map_prompts, nouns).to(image_embeds.device)
+            if nouns is None:
+                attention_loss = 0 * model.attention_direction.sum()  # DDP waits for the gradient of each parameter
+            else:
+                attention_loss = direction_loss(model.attention_weights(map_prompts.detach()), nouns.is_background)
+            attention_loss = attention_loss.to(image_embeds.device)
         losses = torch.stack(losses)
         # Training does not read the logits of all prompts.
         logits_per_image = None if model.training else model.recognition(cosines(image_embeds, text_embeds))
@@ -84,16 +88,6 @@ def pair_loss(
         image_embeds=image_embeds,
         text_embeds=text_embeds,
     )
-
-
-def _attention_loss(model: nn.Module, map_prompts: torch.Tensor | None, nouns: BatchNouns | None) -> torch.Tensor:
-    """
-    Returns the loss of the weights of the attention, from unit vectors `(V, P)` of one prompt of each noun in the map
-    branch.
-    """
-    if nouns is None:
-        return 0 * model.attention_direction.sum()  # DDP waits for the gradient of each parameter
-    return direction_loss(model.attention_weights(map_prompts.detach()), nouns.is_background)
 
 
 def in_chunks(encode: Callable[..., tuple], size: int | None, *inputs: torch.Tensor | None) -> tuple:

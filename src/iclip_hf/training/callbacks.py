@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
 from ..utils.errors import require_extra
@@ -132,22 +132,15 @@ class Interrupts(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if reduce(torch.tensor(float(self.requested), device=args.device), "sum"):
-            control.should_training_stop = self.stopped = True
-            # Before an evaluation, a checkpoint would lack it, and be replaced by the one after the evaluation. A run
-            # that is killed meanwhile would be resumed without this evaluation, or from a checkpoint in part.
-            control.should_save = not (args.eval_strategy == "epoch" and _ends_epoch(state))
+            control.should_training_stop = control.should_save = self.stopped = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:
-            ends_epoch = _ends_epoch(state)  # otherwise, the resumed training ends this epoch
+            # Within an epoch, the resumed training ends it.
+            ends_epoch = float(state.epoch).is_integer() or state.global_step >= state.max_steps
             control.should_log &= ends_epoch
             control.should_evaluate &= ends_epoch
-            control.should_save = args.eval_strategy == "epoch" and ends_epoch
-
-
-def _ends_epoch(state: TrainerState) -> bool:
-    """Whether the last step was the last one of its epoch or of the training."""
-    return float(state.epoch).is_integer() or state.global_step >= state.max_steps
+            control.should_save = control.should_evaluate  # again, with this evaluation
 
 
 class Start(TrainerCallback):

@@ -45,7 +45,12 @@ class CachedPairs(Epochs, Dataset):
         record_indices = cache.fill_images(distinct)
         self._texts = PackedRows()  # captions and nouns, of each distinct pair
         for index in tqdm(range(len(distinct)), "Texts", unit="pair", delay=2, leave=False):
-            texts = _texts_of(distinct, index) if record_indices[index] >= 0 else PairTexts([])
+            texts = PairTexts([])
+            if record_indices[index] >= 0:
+                try:
+                    texts = distinct.raw(index).texts
+                except BadPairError as error:
+                    logger.warning("Left out: %s", error)
             if not texts.captions:
                 record_indices[index] = -1
             self._texts.append([*collator.read(texts).values()])
@@ -77,15 +82,6 @@ class CachedPairs(Epochs, Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
-
-
-def _texts_of(pairs: PairDataset, index: int) -> PairTexts:
-    """Returns the texts of a pair. A bad pair is logged, and has none."""
-    try:
-        return pairs.raw(index).texts
-    except BadPairError as error:
-        logger.warning("Left out: %s", error)
-        return PairTexts([])
 
 
 # The first pass of an epoch has the number of the epoch. For each further pass, this is added. It is more than the

@@ -57,8 +57,5 @@ def kept_presence(model: ICLIPModel, processor: ICLIPProcessor) -> KeptPresence 
         return None
     nouns = islice(vocabulary(), KEPT_NOUNS)  # the commonest come first
     prompts = processor(labels=[*nouns], templates=processor.templates[:1]).to(model.device)
-    was_training = model.training
-    model.eval()
-    texts, _ = model.encode_text(**prompts)
-    model.train(was_training)
+    texts, _ = model.eval().encode_text(**prompts)  # each step of a training sets its mode
     return KeptPresence(model.recognition, texts)

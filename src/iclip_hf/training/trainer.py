@@ -75,9 +75,7 @@ class ICLIPTrainer(Trainer):
     If no model is better than the start, the training ends with the model of the start.
 
     Raises:
-        `TypeError`: `args` are no [`ICLIPTrainingArguments`], or there is no processor. `ValueError`: an argument of
-            `Trainer` does not fit; in `train`, a tower learns although cached features or `keep_presence` need it
-            locked.
+        `ValueError`: a tower learns although cached features or `keep_presence` need it locked.
         `FloatingPointError`: 30 steps in a row, or all of a shorter training, have no finite gradient, or the held-out
             loss is not finite.
         `KeyboardInterrupt`: the training got SIGINT or SIGTERM, and has saved a checkpoint.

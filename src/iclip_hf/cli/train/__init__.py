@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...backends import check_model_name
 from ...training.arguments import START_FILE, ICLIPTrainingArguments
-from ...utils.files import check_new_folder, check_outside
+from ...utils.files import check_outside
 from .arguments import Arguments, argument_parser, read_arguments, resolve_arguments
 from .chosen_arguments import few_pairs_arguments
 from .data import open_pairs
@@ -50,11 +50,9 @@ def check_output_dir(arguments: Arguments) -> None:
                 check_outside(output, source)
     if model.model:
         check_model_name(model.model, ("iclip",))
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if names and not (arguments.training.resume and START_FILE in names):
         raise FileExistsError(
             f"{folder}: this folder holds files already; name another by --output_dir, or add --resume to continue a "
             "training from its last checkpoint."
         )
-    if not names:
-        check_new_folder(folder)  # refuses the name of the embedded model

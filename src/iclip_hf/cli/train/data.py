@@ -42,28 +42,22 @@ def open_pairs(sources: list[str], values: Mapping, **kwargs) -> PairDataset | P
 
 def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
     """Opens the data of a training. `pairs` are the training pairs, if they are open already."""
-    map_dataset = _open_map_dataset(arguments.evaluation)
-    args = arguments.training
+    args, evaluation, map_dataset = arguments.training, arguments.evaluation, None
+    if evaluation.eval_dataset != "none":
+        if not os.path.isdir(evaluation.eval_root):
+            raise FileNotFoundError(f"eval_root: {evaluation.eval_root!r} is no folder; name that of the data set.")
+        map_dataset = load_segmentation(evaluation.eval_dataset, evaluation.eval_root, evaluation.eval_split or None)
+        map_dataset.check_classes()
     values = {**vars(arguments.data), "seed": args.seed}
     if pairs is None:
         is_stream = arguments.data.pairs_per_epoch > 0 and any(map(is_hub_id, arguments.data.data))
         process = {"rank": args.process_index, "world_size": args.world_size}
         pairs = open_pairs(arguments.data.data, values, streaming=is_stream, **process)
-    pairs, held_out = _hold_out(pairs, arguments.evaluation, values)
+    pairs, held_out = _hold_out(pairs, evaluation, values)
     nouns = NounPrompts.from_file(arguments.data.nouns, args.seed) if arguments.data.nouns else None
     if nouns:
         warn_of_unknown_labels(pairs, nouns)
     return Data(pairs, held_out, nouns, map_dataset)
-
-
-def _open_map_dataset(evaluation: EvaluationArguments) -> SegmentationDataset | None:
-    if evaluation.eval_dataset == "none":
-        return None
-    if not os.path.isdir(evaluation.eval_root):
-        raise FileNotFoundError(f"eval_root: {evaluation.eval_root!r} is no folder; name the folder of the data set.")
-    map_dataset = load_segmentation(evaluation.eval_dataset, evaluation.eval_root, evaluation.eval_split or None)
-    map_dataset.check_classes()
-    return map_dataset
 
 
 def _hold_out(

@@ -207,13 +207,13 @@ def test_settings_are_the_released_ones_and_class_names_are_found():
                 rcs, *sfr = map(float, cells[-4:])
                 assert found.methods == {"resclip": {"rcs": rcs, "sfr": sfr}}
             own = DATASETS[name].classes
-            texts = read_overrides(found.overrides, name, own)
-            changed = sum(texts != (class_name,) for class_name, texts in zip(own, texts.synonyms))
-            synonyms = paper not in ("clearclip", "proxyclip")
-            others = {"voc21": 4 + synonyms, "voc20": 4 + synonyms, "coco_object": int(synonyms)}
+            synonyms, background_texts, templates = read_overrides(found.overrides, name, own)
+            changed = sum(texts != (class_name,) for class_name, texts in zip(own, synonyms))
+            is_sclips = paper not in ("clearclip", "proxyclip")
+            others = {"voc21": 4 + is_sclips, "voc20": 4 + is_sclips, "coco_object": int(is_sclips)}
             assert changed == (differ | others)[name], (paper, name)
-            assert len(texts.background_texts) == (backgrounds[name][number] if name in backgrounds else 0)
-            assert len(texts.templates) == 80
+            assert len(background_texts) == (backgrounds[name][number] if name in backgrounds else 0)
+            assert len(templates) == 80
     with pytest.raises(ValueError, match="'naclp'; did you mean 'naclip'"):
         protocol_settings("naclp", "voc21")
 

@@ -84,9 +84,6 @@ def evaluate_model(
             and the scores.
         progress (`bool`): whether the first process shows a progress bar.
 
-    Returns:
-        [`EvaluationResult`].
-
     Raises:
         `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described; or the data set or the
         model does not have what a metric measures.
@@ -137,7 +134,7 @@ def evaluate_model(
         per_class[method] = _class_rows(rows_of_classes, dataset)
     protocol = None
     if processes.is_main_process:
-        protocol = _protocol(first_run, {metric: run_of_metric[metric] for metric in metrics})
+        protocol = first_run.protocol({metric: run_of_metric[metric] for metric in metrics})
     result = EvaluationResult(
         protocol=broadcast_from_main(protocol),
         results=results,
@@ -163,15 +160,6 @@ def _join_processes(totals: Mapping[tuple, Metric]) -> None:
         for other in others:
             first.merge(other)
         total.state = first
-
-
-def _protocol(first_run: EvaluationRun, run_of_metric: dict[Metric, EvaluationRun]) -> dict:
-    """Returns the protocol of the first run, with the options of each metric and its image size if it differs."""
-    metrics = {}
-    for metric, run in run_of_metric.items():
-        size = {} if run is first_run else {"image_size": map_settings(run.engine)["image_size"]}
-        metrics[metric.name] = metric.settings() | size
-    return first_run.protocol() | {"metrics": metrics}
 
 
 def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationDataset) -> list[dict]:
@@ -332,9 +320,12 @@ class EvaluationRun:
 
         return {method: partial(compute_maps, engine) for method, engine in self.engines.items()}
 
-    def protocol(self) -> dict:
-        """Returns what is needed to repeat an evaluation, apart from its metrics."""
-        dataset = self.dataset
+    def protocol(self, run_of_metric: dict[Metric, EvaluationRun]) -> dict:
+        """Returns what is needed to repeat an evaluation whose first run is this one."""
+        dataset, metrics = self.dataset, {}
+        for metric, run in run_of_metric.items():
+            size = {} if run is self else {"image_size": map_settings(run.engine)["image_size"]}
+            metrics[metric.name] = metric.settings() | size
         return {
             **self.model.identity,
             "dataset": {
@@ -353,4 +344,5 @@ class EvaluationRun:
             "class_names": list(dataset.class_names),
             "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
             "python": platform.python_version(),
+            "metrics": metrics,
         }

@@ -323,9 +323,6 @@ class PointingGame(ClassMeans):
     """
     The pointing game and the energy-based pointing game, in percent, see [`pointing_shares`]. `foreground` is the
     score of a constant map in both.
-
-    Args:
-        ignore_index (`int`): see [`MaskMetric`].
     """
 
     name = "pointing_game"

@@ -12,7 +12,7 @@ from conftest import NAMES, evaluate_model, iclip, opened
 from PIL import Image
 
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.metrics import Metric
+from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.utils.tables import table
@@ -79,34 +79,14 @@ def test_a_presence_just_below_the_threshold_is_a_miss(world, labelled_folder, t
     assert data["alarms"] == [] and all(row[3] < MIN_PRESENCE for row in data["rows"])
 
 
-class OneClass(Metric):
-    """A metric whose score has no value for the first class."""
-
-    name = "one_class"
-    columns = {"mean": ("mean", 1)}
-    rows = {"value": "per_class"}
-    needs = frozenset()
-
-    def update(self):
-        pass
-
-    def update_from(self, image, method, maps):
-        pass
-
-    def compute(self):
-        return {"mean": 0.5, "per_class": {1: math.nan, 2: 0.5}}
-
-
-def test_a_class_without_a_value_has_none(world, labelled_folder, tmp_path):
+def test_a_class_without_a_value_has_none(world, labelled_folder, tmp_path, monkeypatch):
+    scores = {"mfmb": 0.5, "per_class": {1: math.nan, 2: 0.5}}
+    monkeypatch.setattr(MeanForegroundMinusBackground, "compute", lambda self: dict(scores))
     dataset = load_segmentation("folder", labelled_folder)[:2]
     model = (world.model, world.processor)
-    result = evaluate_model(model, dataset, ["itsm"], [OneClass()], report=tmp_path / "report")
-    assert data_of(tmp_path / "report")["scores"] == {"value (one_class)": {"itsm": [None, 0.5, None]}}
-    assert [row["one_class"]["value"] for row in json.loads(result.to_json())["per_class"]["itsm"]] == [
-        None,
-        0.5,
-        None,
-    ]
+    result = evaluate_model(model, dataset, ["itsm"], ["mFMB"], report=tmp_path / "report")
+    assert data_of(tmp_path / "report")["scores"] == {"FMB (mFMB)": {"itsm": [None, 0.5, None]}}
+    assert [row["mFMB"]["FMB"] for row in json.loads(result.to_json())["per_class"]["itsm"]] == [None, 0.5, None]
 
 
 def test_the_page_shows_a_pipe_in_a_cell(browser, evaluated, tmp_path):

@@ -54,12 +54,10 @@ def masks_folder(
     return folder
 
 
-def tar(
-    *members: tuple[str, bytes | str] | tarfile.TarInfo, mode: str = "w", format: int = tarfile.PAX_FORMAT
-) -> bytes:
+def tar(*members: tuple[str, bytes | str] | tarfile.TarInfo) -> bytes:
     """A tar file of (name, content), or of ready members without content."""
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=mode, format=format) as opened:
+    with tarfile.open(fileobj=file, mode="w") as opened:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
                 opened.addfile(member)

@@ -19,18 +19,16 @@ _START.set_forkserver_preload(
 COMMAND = "import sys\nfrom iclip_hf import cli\nsys.exit(cli.main(sys.argv[1:]))"
 
 
-def _child(script: str, arguments: list[str], environment: dict, outputs: Path, new_session: bool) -> None:
+def _child(script: str, arguments: list[str], environment: dict, outputs: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    if new_session:
-        os.setsid()
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(outputs / name, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = ["script", *arguments]
     exec(compile(script, "script", "exec"), {"__name__": "__main__"})
 
 
-def run_script(script: str, *arguments, processes: int = 1, new_session: bool = False) -> list[SimpleNamespace]:
+def run_script(script: str, *arguments, processes: int = 1) -> list[SimpleNamespace]:
     """
     Runs Python code, in several processes as torchrun starts them. Returns `returncode`, `stdout` and `stderr` of
     each.
@@ -47,7 +45,7 @@ def run_script(script: str, *arguments, processes: int = 1, new_session: bool = 
             outputs.mkdir()
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             environment = shared | {name: str(value) for name, value in own.items() if processes > 1}
-            parts = (script, [*map(str, arguments)], environment, outputs, new_session)
+            parts = (script, [*map(str, arguments)], environment, outputs)
             started.append((outputs, _START.Process(target=_child, args=parts)))
             started[-1][1].start()
         done = []

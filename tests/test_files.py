@@ -26,9 +26,6 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-# ---- which files are written ----
-
-
 @pytest.mark.parametrize("output", ["photo.png", "sub/../photo.png", "chain.png", "folder/photo.png", "twin.png"])
 @pytest.mark.parametrize("read", ["photo.png", "link.png"])
 def test_an_input_is_no_output_by_any_name(folder, output, read):
@@ -51,9 +48,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monke
     for output in (tmp_path / "a.json", tmp_path / "new" / "a.json", tmp_path / "link.json"):
         with pytest.raises(PermissionError, match="is not a folder that can be written"):
             check_outputs([output])
-
-
-# ---- whole files ----
 
 
 def test_a_link_stays_one(folder):
@@ -88,9 +82,6 @@ def test_files_have_the_mode_of_any_new_file(way, tmp_path):
         assert folder.stat().st_mode == (folder / "sub").stat().st_mode
     (tmp_path / "usual").touch()
     assert written.stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-# ---- whole folders ----
 
 
 @pytest.mark.parametrize("exists", [False, True])

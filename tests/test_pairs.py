@@ -452,9 +452,6 @@ def test_too_many_bad_pairs_stop_the_run(damaged):
         dataset[39]
     dataset = load_pairs(damaged, max_bad_share=0.1)
     assert len([*dataset, *dataset]) == 80  # exactly at the limit, however often a pair is read
-    loader = DataLoader(load_pairs(damaged, max_bad_share=0), batch_size=40, num_workers=1, collate_fn=keys)
-    with pytest.raises(ValueError, match=r"0\.00%"):
-        list(loader)
 
 
 # ---- what a row says ----

@@ -83,10 +83,6 @@ def evaluate_model(
         report (*optional*): a new folder for a page, `index.html`. The page shows the map of each class on each image,
             and the scores.
         progress (`bool`): whether the first process shows a progress bar.
-
-    Raises:
-        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described; or the data set or the
-        model does not have what a metric measures.
     """
     start = time.perf_counter()
     if limit is not None and limit < 1:

@@ -178,7 +178,6 @@ class EvaluationRun:
     of [`evaluate_model`]; `settings` are `image_size`, `refine` and `multi_scale`.
 
     Attributes:
-        model ([`ExplainableModel`]), dataset, methods, batch_size: as given.
         engine ([`Engine`]): computes the scores.
         engines (`dict`): for each method an [`Engine`], which computes the maps of the method.
         num_images (`int`): number of images of all processes.

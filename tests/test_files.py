@@ -113,11 +113,8 @@ def test_a_folder_that_was_filled_meanwhile_stays(tmp_path):
     assert names(tmp_path) == ["model"] and (tmp_path / "model" / "notes").read_text() == "mine"
 
 
-def test_the_configuration_comes_last_into_an_empty_folder(tmp_path, monkeypatch):
-    come, replace = [], os.replace
-    monkeypatch.setattr(
-        os, "replace", lambda source, target: (come.append(Path(target).name), replace(source, target))
-    )
+def test_the_configuration_comes_last_into_an_empty_folder(tmp_path, recorded):
+    come = recorded(os, "replace", lambda source, target: Path(target).name)
     with atomic_folder(tmp_path) as built:
         for name in ("config.json", "a", "model.safetensors", "z"):
             (built / name).touch()

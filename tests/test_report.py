@@ -71,20 +71,18 @@ def test_the_rows_are_the_pairs_of_the_evaluation(evaluated):
         assert picture.size == sample.image.size and inside[blue - red > 120].mean() > 0.8
 
 
-def test_a_presence_just_below_the_threshold_is_a_miss(world, labelled_folder, tmp_path, monkeypatch):
+def test_a_presence_just_below_the_threshold_is_a_miss(world, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(type(world.model), "presence", lambda self, scores: torch.full_like(scores, 0.49999))
-    dataset = load_segmentation("folder", labelled_folder)[:2]
-    evaluate_model((world.model, world.processor), dataset, report=tmp_path / "report")
+    evaluate_model((world.model, world.processor), dataset, limit=2, report=tmp_path / "report")
     data = data_of(tmp_path / "report")
     assert data["alarms"] == [] and all(row[3] < MIN_PRESENCE for row in data["rows"])
 
 
-def test_a_class_without_a_value_has_none(world, labelled_folder, tmp_path, monkeypatch):
+def test_a_class_without_a_value_has_none(world, dataset, tmp_path, monkeypatch):
     scores = {"mfmb": 0.5, "per_class": {1: math.nan, 2: 0.5}}
     monkeypatch.setattr(MeanForegroundMinusBackground, "compute", lambda self: dict(scores))
-    dataset = load_segmentation("folder", labelled_folder)[:2]
     model = (world.model, world.processor)
-    result = evaluate_model(model, dataset, ["itsm"], ["mFMB"], report=tmp_path / "report")
+    result = evaluate_model(model, dataset, ["itsm"], ["mFMB"], limit=2, report=tmp_path / "report")
     assert data_of(tmp_path / "report")["scores"] == {"FMB (mFMB)": {"itsm": [None, 0.5, None]}}
     assert [row["mFMB"]["FMB"] for row in json.loads(result.to_json())["per_class"]["itsm"]] == [None, 0.5, None]
 

@@ -1,10 +1,8 @@
 """Tiny random models of every tower pair, their processor, fixtures of several test files, the folder of real data."""
 
-import io
 import json
 import os
 import shutil
-import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -30,7 +28,7 @@ import iclip_hf
 if not Path(iclip_hf.__file__).resolve().is_relative_to(Path(__file__).resolve().parents[1]):
     pytest.exit(f"{iclip_hf.__file__} is not of this clone: install it by `pip install -e .`.", returncode=4)
 
-from fault_inputs import PHOTO
+from fault_inputs import PHOTO, encoded, tar
 from hypothesis import HealthCheck, settings
 from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
@@ -385,18 +383,14 @@ def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int 
     Writes a webdataset shard of `count` noise images with two captions each, or those given, and more fields. Files
     with an index in `broken` are no images.
     """
-    draws = np.random.default_rng(seed)
-    with tarfile.open(path, "w") as tar:
-        for i in range(count):
-            image = io.BytesIO()
-            Image.fromarray(draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(image, "JPEG")
-            words = [WORDS[j] for j in draws.integers(0, 12, 5)]
-            own = captions or [" ".join(words), " ".join(words[::-1]) + f" {i}"]
-            data = b"no image" if i in broken else image.getvalue()
-            for suffix, content in ((".jpg", data), (".json", json.dumps({"captions": own, **more}).encode())):
-                member = tarfile.TarInfo(f"{i:05d}{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    draws, members = np.random.default_rng(seed), []
+    for i in range(count):
+        image = encoded(Image.fromarray(draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)), "JPEG")
+        words = [WORDS[j] for j in draws.integers(0, 12, 5)]
+        own = captions or [" ".join(words), " ".join(words[::-1]) + f" {i}"]
+        members.append((f"{i:05d}.jpg", b"no image" if i in broken else image))
+        members.append((f"{i:05d}.json", json.dumps({"captions": own, **more})))
+    path.write_bytes(tar(*members))
 
 
 @pytest.fixture(scope="module")

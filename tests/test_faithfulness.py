@@ -1,7 +1,6 @@
 """Faithfulness against hand-made models, plain loops and torchmetrics, on tiny models."""
 
 import copy
-import importlib
 import json
 import math
 
@@ -17,9 +16,12 @@ from torchmetrics.functional import spearman_corrcoef
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.functional import pointing_shares
-from iclip_hf.evaluation.metrics import ClassMeans, DeletionInsertion, MaxSensitivity, PointingGame, Randomization
+from iclip_hf.evaluation.metrics import ClassMeans, PointingGame, faithfulness
 from iclip_hf.evaluation.metrics.faithfulness import (
+    DeletionInsertion,
     LayerRandomization,
+    MaxSensitivity,
+    Randomization,
     area_under,
     deletion_insertion,
     max_sensitivity,
@@ -262,15 +264,9 @@ def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(
         assert np.mean(rows) == pytest.approx(found["foreground"])
 
 
-def test_pixels_are_ordered_by_the_same_maps_in_every_batch(root, tiny_processor, monkeypatch):
+def test_pixels_are_ordered_by_the_same_maps_in_every_batch(root, tiny_processor, recorded):
     """To the last bit, which orders pixels that are mathematically equal."""
-    seen, module = [], importlib.import_module(DeletionInsertion.__module__)
-
-    def recording(score, pixels, maps, **options):
-        seen.append(maps)
-        return deletion_insertion(score, pixels, maps, **options)
-
-    monkeypatch.setattr(module, "deletion_insertion", recording)
+    seen = recorded(faithfulness, "deletion_insertion", lambda score, pixels, maps, **options: maps)
     model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", root)
     for size in (1, 4):
         evaluate_model(model, dataset, METHODS, [DeletionInsertion(steps=2)], batch_size=size)

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import io
 import json
-import logging
 import os
 import pickle
 import tarfile
@@ -106,17 +105,6 @@ def flat(lists):
 
 
 # ---- sources ----
-
-
-def test_shards(tmp_path):
-    dataset = load_pairs(write_shards(tmp_path / "shards", 10))
-    assert isinstance(dataset, PairDataset) and len(dataset) == 10
-    assert keys(dataset) == [f"k{i:02}" for i in range(10)]
-    for i, item in enumerate(dataset):
-        assert item["caption"] == f"caption {i}"
-        assert item["image"].mode == "RGB" and item["image"].size == (12, 8)
-        np.testing.assert_allclose(np.asarray(item["image"]), i, atol=1)
-        assert dataset.captions(i) == dataset.read(i)["captions"] == [f"caption {i}"]
 
 
 def test_shard_members(tmp_path):
@@ -432,29 +420,19 @@ def damaged(tmp_path):
     )
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pairs_are_named_replaced_and_counted(damaged, caplog, num_workers):
+def test_bad_pairs_are_named_replaced_and_counted(damaged, caplog):
     dataset = load_pairs(damaged)
     for index, problem in BAD.items():
         with pytest.raises(BadPairError, match=rf"damaged\.tar.*(?i:{problem})"):
             dataset.read(index)
 
-    def one_pass():
-        dataset = load_pairs(damaged, max_bad_share=0.2)
-        loader = DataLoader(dataset, batch_size=8, num_workers=num_workers, collate_fn=lambda items: [
-            {key: item[key] for key in ("key", "caption")} for item in items
-        ])  # fmt: skip
-        return [item for batch in loader for item in batch]
-
-    with caplog.at_level(logging.WARNING):
-        items = one_pass()
+    items = [*load_pairs(damaged, max_bad_share=0.2)]
     assert len(items) == 40  # batches stay full
     for index, item in enumerate(items):
         assert item["caption"] == f"caption {int(item['key'][1:])}"
         assert (item["key"] == f"k{index:02}") == (index not in BAD)
-    assert items == one_pass()  # by the same pairs
-    if not num_workers:
-        assert caplog.text.count("Bad pair, number") >= 4 and "k08.jpg" in caplog.text
+    assert keys(items) == keys(load_pairs(damaged, max_bad_share=0.2))  # by the same pairs
+    assert caplog.text.count("Bad pair, number") >= 4 and "k08.jpg" in caplog.text
 
 
 def test_bad_pairs_are_replaced_from_anywhere(damaged):
@@ -474,9 +452,6 @@ def test_too_many_bad_pairs_stop_the_run(damaged):
         dataset[39]
     dataset = load_pairs(damaged, max_bad_share=0.1)
     assert len([*dataset, *dataset]) == 80  # exactly at the limit, however often a pair is read
-    loader = DataLoader(load_pairs(damaged, max_bad_share=0), batch_size=40, num_workers=1, collate_fn=keys)
-    with pytest.raises(ValueError, match=r"0\.00%"):
-        list(loader)
 
 
 # ---- what a row says ----
@@ -572,10 +547,7 @@ def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
     assert len(caplog.messages) == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "known"),
-    {"TVmonitor": "tv", "sofa": "couch"}.items(),
-)
+@pytest.mark.parametrize(("name", "known"), [("TVmonitor", "tv"), ("sofa", "couch")])
 def test_a_class_has_the_names_of_other_data_sets(name, known):
     """VOC's are not those of COCO: an image with a sofa would train that it shows no couch."""
     nouns = NounPrompts([*class_names.COCO_THINGS, "sofa"])
@@ -703,8 +675,7 @@ def test_stream_order_and_captions_by_seed_and_epoch(tmp_path):
 def test_stream_leaves_bad_pairs_out(tmp_path, caplog):
     image, caption = (lambda i: jpeg(i)[: 300 if i == 8 else None]), (lambda i: "" if i == 9 else "a")
     write_members(tmp_path / "0.tar", range(40), jpg=image, txt=caption)
-    with caplog.at_level(logging.WARNING):
-        items = list(stream(tmp_path, max_bad_share=0.2))
+    items = list(stream(tmp_path, max_bad_share=0.2))
     assert sorted(keys(items)) == [f"k{i:02}" for i in range(40) if i not in (8, 9)]
     assert caplog.text.count("Bad pair, number") == 2 and "k08" in caplog.text and "no caption" in caplog.text
 

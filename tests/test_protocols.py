@@ -83,26 +83,21 @@ def expected_label_map(engine, image, classes, settings):
         ("sclip", {"logit_scale": 20.0, "threshold": 0.3, "window": None, "stride": None}),
     ],
 )
-def test_label_maps_are_those_of_the_steps(labelled_folder, tiny_processor, monkeypatch, paper, changes):
+def test_label_maps_are_those_of_the_steps(labelled_folder, tiny_processor, recorded, monkeypatch, paper, changes):
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder, overrides=OVERRIDES)
     settings = replace(protocol_settings(paper, "folder"), short_side=51, **changes)
     monkeypatch.setattr("iclip_hf.evaluation.metrics.segmentation.protocol_settings", lambda *_: settings)
-    found, update = {}, Segmentation.update
-
-    def recording(self, prediction, reference, confidence, index):
-        found[index] = prediction.numpy()
-        update(self, prediction, reference, confidence, index)
-
-    monkeypatch.setattr(Segmentation, "update", recording)
+    updates = recorded(Segmentation, "update", lambda self, labels, reference, confidence, index: (index, labels))
     model = (model, tiny_processor)
     evaluate_model(model, dataset, settings.methods, [Segmentation(protocol=paper)], batch_size=3)
     explainer = make_explainer(model, paper)
     engine = Engine(explainer.model, explainer.model.processor, explainer, dataset.templates)
     classes = [dataset.background_texts, *dataset.synonyms]
-    differ = shown = 0
+    differ, shown, found = 0, 0, dict(updates)
     for index, sample in enumerate(dataset):
         expected = expected_label_map(engine, sample.image, classes, settings)
-        differ, shown = differ + (found[index] != expected).mean() / len(dataset), max(shown, len(np.unique(expected)))
+        differ += (found[index].numpy() != expected).mean() / len(dataset)
+        shown = max(shown, len(np.unique(expected)))
     assert differ < 0.001 and shown > 2 and len(found) == len(dataset)
 
 
@@ -207,13 +202,13 @@ def test_settings_are_the_released_ones_and_class_names_are_found():
                 rcs, *sfr = map(float, cells[-4:])
                 assert found.methods == {"resclip": {"rcs": rcs, "sfr": sfr}}
             own = DATASETS[name].classes
-            texts = read_overrides(found.overrides, name, own)
-            changed = sum(texts != (class_name,) for class_name, texts in zip(own, texts.synonyms))
-            synonyms = paper not in ("clearclip", "proxyclip")
-            others = {"voc21": 4 + synonyms, "voc20": 4 + synonyms, "coco_object": int(synonyms)}
+            synonyms, background_texts, templates = read_overrides(found.overrides, name, own)
+            changed = sum(texts != (class_name,) for class_name, texts in zip(own, synonyms))
+            is_sclips = paper not in ("clearclip", "proxyclip")
+            others = {"voc21": 4 + is_sclips, "voc20": 4 + is_sclips, "coco_object": int(is_sclips)}
             assert changed == (differ | others)[name], (paper, name)
-            assert len(texts.background_texts) == (backgrounds[name][number] if name in backgrounds else 0)
-            assert len(texts.templates) == 80
+            assert len(background_texts) == (backgrounds[name][number] if name in backgrounds else 0)
+            assert len(templates) == 80
     with pytest.raises(ValueError, match="'naclp'; did you mean 'naclip'"):
         protocol_settings("naclp", "voc21")
 
@@ -268,7 +263,7 @@ def test_a_protocol_takes_options_of_the_method_and_chooses_a_threshold(dataset,
     assert scores["miou"] > 0 and all(0 <= threshold <= 1 for threshold in scores["thresholds"])
 
 
-def test_published_tables_are_measured_resumed_and_in_the_page(voc, world, tmp_path, monkeypatch):
+def test_published_tables_are_measured_resumed_and_in_the_page(voc, world, tmp_path, recorded, monkeypatch):
     root = Path(__file__).parents[1]
     page = (root / "docs" / "results.md").read_text(encoding="utf-8")
     assert f"<!-- published -->\n\n{published.results_table()}\n\n<!-- end -->" in page
@@ -277,8 +272,7 @@ def test_published_tables_are_measured_resumed_and_in_the_page(voc, world, tmp_p
     command += ["--output", output, "--model", world.folder / "model"]
     command += ["--limit", 1, "--template", "a {}.", "--short-side", 40]
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
-    started, run = [], published.cli.main
-    monkeypatch.setattr(published.cli, "main", lambda words: started.append(words[6]) or run(words))
+    started = recorded(published.cli, "main", lambda words: words[6])
     for number in range(2):
         with pytest.raises(SystemExit, match=r"failed: sclip-voc21\."):
             published.main()

@@ -12,7 +12,7 @@ from conftest import NAMES, evaluate_model, iclip, opened
 from PIL import Image
 
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.metrics import Metric
+from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.utils.tables import table
@@ -71,51 +71,20 @@ def test_the_rows_are_the_pairs_of_the_evaluation(evaluated):
         assert picture.size == sample.image.size and inside[blue - red > 120].mean() > 0.8
 
 
-def test_a_presence_just_below_the_threshold_is_a_miss(world, labelled_folder, tmp_path, monkeypatch):
+def test_a_presence_just_below_the_threshold_is_a_miss(world, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(type(world.model), "presence", lambda self, scores: torch.full_like(scores, 0.49999))
-    dataset = load_segmentation("folder", labelled_folder)[:2]
-    evaluate_model((world.model, world.processor), dataset, report=tmp_path / "report")
+    evaluate_model((world.model, world.processor), dataset, limit=2, report=tmp_path / "report")
     data = data_of(tmp_path / "report")
     assert data["alarms"] == [] and all(row[3] < MIN_PRESENCE for row in data["rows"])
 
 
-class OneClass(Metric):
-    """A metric whose score has no value for the first class."""
-
-    name = "one_class"
-    columns = {"mean": ("mean", 1)}
-    rows = {"value": "per_class"}
-    needs = frozenset()
-
-    def update(self):
-        pass
-
-    def update_from(self, image, method, maps):
-        pass
-
-    def compute(self):
-        return {"mean": 0.5, "per_class": {1: math.nan, 2: 0.5}}
-
-
-def test_a_class_without_a_value_has_none(world, labelled_folder, tmp_path):
-    dataset = load_segmentation("folder", labelled_folder)[:2]
+def test_a_class_without_a_value_has_none(world, dataset, tmp_path, monkeypatch):
+    scores = {"mfmb": 0.5, "per_class": {1: math.nan, 2: 0.5}}
+    monkeypatch.setattr(MeanForegroundMinusBackground, "compute", lambda self: dict(scores))
     model = (world.model, world.processor)
-    result = evaluate_model(model, dataset, ["itsm"], [OneClass()], report=tmp_path / "report")
-    assert data_of(tmp_path / "report")["scores"] == {"value (one_class)": {"itsm": [None, 0.5, None]}}
-    assert [row["one_class"]["value"] for row in json.loads(result.to_json())["per_class"]["itsm"]] == [
-        None,
-        0.5,
-        None,
-    ]
-
-
-def test_the_page_shows_a_pipe_in_a_cell(browser, evaluated, tmp_path):
-    folder, *_ = evaluated
-    data = data_of(folder) | {"tables": ["\n".join(table(["class", "IoU"], [["a|b", "0.5"]], markdown=True))]}
-    (tmp_path / "data.js").write_text(f"const REPORT = {json.dumps(data)};")
-    (tmp_path / "index.html").write_text((folder / "index.html").read_text())
-    with opened(browser, (tmp_path / "index.html").as_uri(), "article") as page:
-        assert page.locator("#tables td").all_inner_texts() == ["a|b", "0.5"]
+    result = evaluate_model(model, dataset, ["itsm"], ["mFMB"], limit=2, report=tmp_path / "report")
+    assert data_of(tmp_path / "report")["scores"] == {"FMB (mFMB)": {"itsm": [None, 0.5, None]}}
+    assert [row["mFMB"]["FMB"] for row in json.loads(result.to_json())["per_class"]["itsm"]] == [None, 0.5, None]
 
 
 def texts_of(page):
@@ -159,13 +128,15 @@ def test_a_reader_finds_the_worst_images_of_a_class(browser, evaluated):
         assert all(address.startswith("file:") for address in page.requested)
 
 
-def test_thousands_of_images_are_shown_page_by_page(browser, evaluated, tmp_path):
+def test_thousands_of_images_are_shown_page_by_page_and_a_pipe_in_its_cell(browser, evaluated, tmp_path):
     folder, *_ = evaluated
     data = data_of(folder)
     data["rows"] = [[0, 0, 0.2, 0.5, [number / 20_000, 0.5]] for number in range(20_000)]
+    data["tables"] = ["\n".join(table(["class", "IoU"], [["a|b", "0.5"]], markdown=True))]
     (tmp_path / "data.js").write_text(f"const REPORT = {json.dumps(data)};")
     (tmp_path / "index.html").write_text((folder / "index.html").read_text())
     with opened(browser, (tmp_path / "index.html").as_uri(), "article") as page:
+        assert page.locator("#tables td").all_inner_texts() == ["a|b", "0.5"]
         assert len(texts_of(page)) == 24 and page.locator("#back").is_disabled()
         page.click("#next")
         assert page.locator("#page").inner_text() == "25 to 48" and not page.locator("#back").is_disabled()

@@ -85,9 +85,9 @@ IMAGE = {"id": 7, "file_name": "000000000007.jpg", "height": 6, "width": 8}
 CATEGORIES = [(90, "dog", "animal"), (1, "person", "person"), (17, "cat", "animal")]
 
 
-def write_coco(root, annotations, images=(IMAGE,)):
-    categories = [dict(zip(("id", "name", "supercategory"), category)) for category in CATEGORIES]
-    annotations = [{"id": number, "image_id": 7, "iscrowd": 0, **one} for number, one in enumerate(annotations)]
+def write_coco(root, annotations, images=(IMAGE,), categories=CATEGORIES):
+    categories = [dict(zip(("id", "name", "supercategory"), category)) for category in categories]
+    annotations = [{"id": number, "image_id": 7, **one} for number, one in enumerate(annotations)]
     content = {"categories": categories, "images": images, "annotations": annotations}
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
@@ -156,13 +156,9 @@ def test_coco(coco):
 @pytest.mark.parametrize("subfolder", ["trip", "val2017/trip"])
 def test_coco_files_of_other_programs(tmp_path, subfolder):
     """They name images in subfolders, or with the folder of the split, and do not say that nothing is a crowd."""
-    write_coco(tmp_path, [{"category_id": 17, "segmentation": plain_runs(CAT)}])
-    path = tmp_path / "annotations" / "instances_val2017.json"
-    content = json.loads(path.read_text())
-    del content["annotations"][0]["iscrowd"]
-    content["images"][0]["file_name"] = f"{subfolder}/1.jpg"
-    path.write_text(json.dumps(content))
-    image = tmp_path / "val2017" / subfolder.replace("val2017", "").strip("/") / "1.jpg"
+    images = [IMAGE | {"file_name": f"{subfolder}/1.jpg"}]
+    write_coco(tmp_path, [{"category_id": 17, "segmentation": plain_runs(CAT)}], images)
+    image = tmp_path / "val2017" / "trip" / "1.jpg"
     write_image(image, 6, 8)
     (sample,) = load_segmentation("coco2017", tmp_path)
     assert sample.name == "1" and sample.image_path == image and sample.image.size == (8, 6)
@@ -209,10 +205,9 @@ def test_a_split_without_a_file_names_the_others(tmp_path):
 def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path, count, dtype):
     void = np.iinfo(dtype).max
     instances = ((count, DOG, 0), (1, CAT, 0), (2, CROWD, 1))
-    write_coco(tmp_path, [{"category_id": c, "segmentation": plain_runs(m), "iscrowd": i} for c, m, i in instances])
-    path = tmp_path / "annotations" / "instances_val2017.json"
-    categories = [{"id": number, "name": f"class {number}"} for number in range(1, count + 1)]
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"categories": categories}))
+    annotations = [{"category_id": c, "segmentation": plain_runs(m), "iscrowd": i} for c, m, i in instances]
+    categories = [(number, f"class {number}") for number in range(1, count + 1)]
+    write_coco(tmp_path, annotations, categories=categories)
     dataset = load_segmentation("coco2017", tmp_path)
     (sample,) = dataset
     assert dataset.void == sample.void == void and sample.label_map.dtype == sample.mask(1).dtype == dtype

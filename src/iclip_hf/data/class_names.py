@@ -75,17 +75,14 @@ CLASS_NAMES = {
 }
 
 # Names of the same class in several data sets. The first name of each line is the one in VOC's files.
-SAME_CLASS = [
-    _names(names)
-    for names in (
-        "aeroplane, airplane",
-        "diningtable, dining table",
-        "motorbike, motorcycle",
-        "pottedplant, potted plant",
-        "sofa, couch",
-        "tvmonitor, tv, television",
-    )
-]
+SAME_CLASS = (
+    ("aeroplane", "airplane"),
+    ("diningtable", "dining table"),
+    ("motorbike", "motorcycle"),
+    ("pottedplant", "potted plant"),
+    ("sofa", "couch"),
+    ("tvmonitor", "tv", "television"),
+)
 
 # Classes without instances, as ADE20K (panoptic) defines them.
 ADE20K_STUFF_CLASSES = _names("""

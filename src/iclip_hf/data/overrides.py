@@ -6,25 +6,18 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ..model.prompts import check_templates
 from .files import read_text
 from .layouts import DATASETS
 
 
-class Overrides(NamedTuple):
-    """Texts of a data set, named like the attributes of [`~iclip_hf.data.segmentation.SegmentationDataset`]."""
-
-    synonyms: tuple[tuple[str, ...], ...]
-    background_texts: tuple[str, ...]
-    templates: tuple[str, ...]
-
-
-def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_names: Sequence[str]) -> Overrides:
+def read_overrides(
+    overrides: str | os.PathLike | Mapping, dataset: str, class_names: Sequence[str]
+) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...], tuple[str, ...]]:
     """
-    Returns the texts of a data set with these classes. Overrides and errors are described in
-    [`~iclip_hf.data.segmentation.load_segmentation`].
+    Returns the names of each of these classes, the texts of the background and the templates. Overrides and errors are
+    described in [`~iclip_hf.data.segmentation.load_segmentation`].
     """
     layout, where = DATASETS[dataset], "overrides"
     if not isinstance(overrides, Mapping):
@@ -58,7 +51,7 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
     all_texts = [text for class_texts in synonyms for text in class_texts]
     if twice := [text for text in all_texts if all_texts.count(text) > 1]:
         raise ValueError(f"{where}: {twice[0]!r} names two classes, or one class twice.")
-    return Overrides(synonyms, background, tuple(check_templates(overrides.get("templates", layout.templates))))
+    return synonyms, background, tuple(check_templates(overrides.get("templates", layout.templates)))
 
 
 def _read_class_lines(path: Path, dataset: str, class_names: Sequence[str]) -> Mapping:

@@ -76,9 +76,6 @@ class PairDataset(Epochs):
         seed (`int`, defaults to 0): seed of random choices.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among the pairs that
             this process has read. Each loading process counts its own pairs.
-
-    Raises:
-        `ValueError`: there are no pairs. During access, too many pairs are bad.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
@@ -201,9 +198,6 @@ class PairDataset(Epochs):
 
         Returns:
             `tuple`: both parts. The second part has the pairs of a repeated source only once.
-
-        Raises:
-            `ValueError`: a part would be empty.
         """
         digests = self.image_digests()
         # In the order of the pairs, so that the split does not depend on the paths of the files.

@@ -160,9 +160,6 @@ def load_segmentation(
             data set has a background, a line with its texts can come first. Synonyms in a line are separated by
             semicolons if the file has any, otherwise by commas. A text can describe both a class and the background.
 
-    Returns:
-        [`SegmentationDataset`].
-
     Raises:
         `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The
         content of images and masks is checked when they are decoded.

@@ -83,13 +83,6 @@ def evaluate_model(
         report (*optional*): a new folder for a page, `index.html`. The page shows the map of each class on each image,
             and the scores.
         progress (`bool`): whether the first process shows a progress bar.
-
-    Returns:
-        [`EvaluationResult`].
-
-    Raises:
-        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described; or the data set or the
-        model does not have what a metric measures.
     """
     start = time.perf_counter()
     if limit is not None and limit < 1:
@@ -137,7 +130,7 @@ def evaluate_model(
         per_class[method] = _class_rows(rows_of_classes, dataset)
     protocol = None
     if processes.is_main_process:
-        protocol = _protocol(first_run, {metric: run_of_metric[metric] for metric in metrics})
+        protocol = first_run.protocol({metric: run_of_metric[metric] for metric in metrics})
     result = EvaluationResult(
         protocol=broadcast_from_main(protocol),
         results=results,
@@ -165,15 +158,6 @@ def _join_processes(totals: Mapping[tuple, Metric]) -> None:
         total.state = first
 
 
-def _protocol(first_run: EvaluationRun, run_of_metric: dict[Metric, EvaluationRun]) -> dict:
-    """Returns the protocol of the first run, with the options of each metric and its image size if it differs."""
-    metrics = {}
-    for metric, run in run_of_metric.items():
-        size = {} if run is first_run else {"image_size": map_settings(run.engine)["image_size"]}
-        metrics[metric.name] = metric.settings() | size
-    return first_run.protocol() | {"metrics": metrics}
-
-
 def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationDataset) -> list[dict]:
     """Returns a row for each class, from the rows of each metric by class id. A class without a score has None."""
     by_metric = {name: rows for name, rows in by_metric.items() if rows}
@@ -194,7 +178,6 @@ class EvaluationRun:
     of [`evaluate_model`]; `settings` are `image_size`, `refine` and `multi_scale`.
 
     Attributes:
-        model ([`ExplainableModel`]), dataset, methods, batch_size: as given.
         engine ([`Engine`]): computes the scores.
         engines (`dict`): for each method an [`Engine`], which computes the maps of the method.
         num_images (`int`): number of images of all processes.
@@ -332,9 +315,12 @@ class EvaluationRun:
 
         return {method: partial(compute_maps, engine) for method, engine in self.engines.items()}
 
-    def protocol(self) -> dict:
-        """Returns what is needed to repeat an evaluation, apart from its metrics."""
-        dataset = self.dataset
+    def protocol(self, run_of_metric: dict[Metric, EvaluationRun]) -> dict:
+        """Returns what is needed to repeat an evaluation whose first run is this one."""
+        dataset, metrics = self.dataset, {}
+        for metric, run in run_of_metric.items():
+            size = {} if run is self else {"image_size": map_settings(run.engine)["image_size"]}
+            metrics[metric.name] = metric.settings() | size
         return {
             **self.model.identity,
             "dataset": {
@@ -353,4 +339,5 @@ class EvaluationRun:
             "class_names": list(dataset.class_names),
             "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
             "python": platform.python_version(),
+            "metrics": metrics,
         }

@@ -132,11 +132,6 @@ class MetricModule(evaluate.Metric, ABC):
         return metric.compute()
 
 
-def metric_scripts() -> dict[str, Path]:
-    """Returns the scripts of the metric modules by name: `"mfmb"`, `"mmiou"` and `"text_contrast"`."""
-    return {path.stem: path for path in sorted(files("iclip_hf.evaluate_metrics").glob("*/*.py"))}
-
-
 def install_metrics() -> dict[str, Path]:
     """
     Installs the metric scripts in the module cache of `evaluate`, beside other versions. Then `evaluate.load` finds
@@ -144,12 +139,12 @@ def install_metrics() -> dict[str, Path]:
     name of its metric.
     """
     modules_folder, installed = init_dynamic_modules(), {}
-    for name, script in metric_scripts().items():
+    for script in sorted(files("iclip_hf.evaluate_metrics").glob("*/*.py")):
         factory = LocalEvaluationModuleFactory(str(script))  # internals of evaluate, read in 0.4.6
-        factory.name = f"evaluate-metric/{name}"  # `load(name)` looks for this repository, also in its cache
+        factory.name = f"evaluate-metric/{script.stem}"  # `load` looks for this repository, also in its cache
         packages = factory.get_module().module_path.split(".")[:-1]
-        installed[name] = Path(modules_folder).parent.joinpath(*packages)
+        installed[script.stem] = Path(modules_folder).parent.joinpath(*packages)
         # The script is written again, because `load` takes the newest version.
-        with atomic_write(installed[name] / script.name) as temporary:
+        with atomic_write(installed[script.stem] / script.name) as temporary:
             temporary.write_bytes(script.read_bytes())
     return installed

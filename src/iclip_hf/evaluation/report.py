@@ -41,10 +41,8 @@ class _ReportState:
 
 class Report(Metric):
     """
-    A metric without a score, which saves the pictures of an evaluation in a folder and keeps the numbers of its page.
-
-    Args:
-        folder: new or empty.
+    A metric without a score, which saves the pictures of an evaluation in a new or empty folder and keeps the numbers
+    of its page.
     """
 
     name = "report"

@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
 def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None] = ()) -> None:
     """
     Checks the files that a command will write, before its work. Raises `FileExistsError` if an output is a folder, is
@@ -91,9 +88,6 @@ def write_image(image, path: Path, **kwargs) -> None:
 def _temporary_path(path: Path) -> Path:
     """Returns a new hidden path beside a file or folder. Its name is short enough for any file system."""
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.partial")
-
-
-# ------------------------------------------------------------------------------------------------------------- folders
 
 
 def check_new_folder(folder: Path) -> None:

@@ -183,7 +183,6 @@ def max_sensitivity(
     Args:
         compute_maps: function from images `(B, C, H, W)` to maps `(B, T, h, w)`, which are then stretched to [0, 1].
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
-        radius (`float`), samples (`int`), seed (`int`): of the noise.
 
     Returns:
         `torch.Tensor` of shape `(T,)`: NaN for a constant map.

@@ -104,10 +104,6 @@ class ImageClassMetric(MaskMetric):
         if reason is None:
             self.state.add(self.summands(counts), operator.index(class_id))
 
-    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
-        for heatmap, mask, class_id in image.pairs(maps):
-            self.update(heatmap, mask, class_id)
-
 
 class MeanMaxIoU(ImageClassMetric):
     """
@@ -323,9 +319,6 @@ class PointingGame(ClassMeans):
     """
     The pointing game and the energy-based pointing game, in percent, see [`pointing_shares`]. `foreground` is the
     score of a constant map in both.
-
-    Args:
-        ignore_index (`int`): see [`MaskMetric`].
     """
 
     name = "pointing_game"
@@ -348,7 +341,3 @@ class PointingGame(ClassMeans):
         """Adds one image-class pair, or a batch of them. Arguments and errors are those of [`pointing_shares`]."""
         for item in batch_items(heatmap, mask, class_id, dimensions=2):
             super().update(100 * pointing_shares(*item, self.ignore_index), operator.index(item[-1]))
-
-    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
-        for heatmap, mask, class_id in image.pairs(maps):
-            self.update(heatmap, mask, class_id)

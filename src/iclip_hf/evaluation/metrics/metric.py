@@ -158,12 +158,13 @@ class Metric(ABC):
         """
         return [None] * len(images)
 
-    @abstractmethod
     def update_from(self, image: EvaluatedImage, method: str | None, maps: torch.Tensor | None) -> None:
         """
-        Adds one image. If the metric needs maps, `maps` `(T, height, width)` are those of the method, resized to the
-        image and stretched to [0, 1].
+        Adds one image, by default each of its image-class pairs. If the metric needs maps, `maps` `(T, height, width)`
+        are those of the method, resized to the image and stretched to [0, 1].
         """
+        for heatmap, mask, class_id in image.pairs(maps):
+            self.update(heatmap, mask, class_id)
 
     def scores_and_rows(self) -> tuple[dict, dict[int, dict]]:
         """Returns the scores of `compute`, with None for NaN, in two parts: of all items, and of each class."""

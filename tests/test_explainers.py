@@ -209,15 +209,6 @@ def test_attention_of_clip_is_the_class_tokens_row(made):
     torch.testing.assert_close(maps, expected[:, None].expand(2, 3, *GRID), atol=1e-6, rtol=1e-5)
 
 
-def test_attention_of_siglip_is_its_heads(made):
-    model, processor, explainer, texts, maps = drawn(made, "siglip", "attention", labels=["dog"])
-    with torch.no_grad():
-        tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state
-        head = model.vision_model.head
-        weights = head.attention(head.probe.expand(2, 1, -1), tokens, tokens, need_weights=True)[1]
-    torch.testing.assert_close(maps[:, 0], weights[:, 0].unflatten(-1, GRID), atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("method", "attention"), [("attention", "attention"), ("attention_affinity", "map_attention")]
 )
@@ -332,17 +323,6 @@ def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor)
     expected = model.weigh_maps(expected, image, for_images(texts, 2))
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(maps, model.similarity_maps(image, texts), atol=1e-2)
-
-
-@pytest.mark.parametrize(("size", "multi_scale"), [(None, True), (48, False)])
-def test_competing_maps_are_those_of_the_same_pixels(tiny_processor, size, multi_scale):
-    """Also where the scores come from another size of the image."""
-    explainer = make_explainer((tiny_model(logit_bias_init_value=-0.3), tiny_processor), "competing_itsm")
-    processor = explainer.model.processor
-    engine = Engine(explainer.model, processor, explainer, image_size=size, multi_scale=multi_scale)
-    texts, prepared = engine.encode(LABELS), engine.prepare(images()[0])
-    (found,) = engine.run([prepared], LABELS)
-    torch.testing.assert_close(found.raw_maps, engine.raw_maps(prepared.pixel_values, texts)[0][0], atol=1e-5, rtol=0)
 
 
 DEFAULTS = dict.fromkeys(FAMILIES, "naclip") | dict.fromkeys(ICLIP, "itsm") | {"tipsv2": "maskclip"}

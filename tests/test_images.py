@@ -204,16 +204,12 @@ def test_given_image_is_not_changed():
     assert (image.mode, image.size, image.tobytes(), image.getexif()[0x0112]) == ("RGBA", (5, 3), before, 6)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("limit", [29_999, 14_999])  # Pillow itself warns up to twice its limit, and raises beyond
-def test_pixel_limit(monkeypatch, tmp_path, limit):
+def test_pixel_limit(monkeypatch, tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (300, 100)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match=rf"bomb\.png.*more than {limit:,} pixels"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14_999)  # half of what Pillow reads
+    with pytest.raises(ValueError, match=r"bomb\.png.*more than 29,998 pixels"):
         load_image(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
-    assert load_image(path).size == (300, 100)
 
 
 def test_an_unreadable_image_has_the_name_that_is_given():

@@ -2,7 +2,6 @@
 
 import copy
 from itertools import pairwise
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -53,22 +52,16 @@ class FeatureTower(TimmWrapperModel):
     def _folded(self, weights: list[torch.Tensor]) -> "FeatureTower":
         """Returns a copy with folded batch norms. The copy is made again if the weights have changed."""
         versions = [(weight.data_ptr(), weight._version) for weight in weights]
-        if self not in _FOLDED or _FOLDED[self].versions != versions:
+        if self not in _FOLDED or _FOLDED[self][0] != versions:
             kept = [weight.detach() for weight in weights]
-            _FOLDED[self] = _Folded(versions, kept, _fold_batch_norms(copy.deepcopy(self)))
-        return _FOLDED[self].tower
+            _FOLDED[self] = versions, kept, _fold_batch_norms(copy.deepcopy(self))
+        return _FOLDED[self][-1]
 
 
-class _Folded(NamedTuple):
-    """A copy of a feature tower with folded batch norms, and the weights that it was made from."""
-
-    versions: list[tuple[int, int]]  # address and version of each weight
-    weights: list[torch.Tensor]  # kept in memory, so that no other weights can have the same addresses
-    tower: FeatureTower
-
-
-# The copies are not attributes of the feature towers, so that a tower is saved, copied and pickled without its copy.
-_FOLDED: WeakKeyDictionary[FeatureTower, _Folded] = WeakKeyDictionary()
+# For each tower: the addresses and versions of the weights that its copy was made from; these weights, kept in memory,
+# so that no others can have the same addresses; and the copy. It is not an attribute of the tower, which is saved,
+# copied and pickled without its copy.
+_FOLDED: WeakKeyDictionary[FeatureTower, tuple[list, list[torch.Tensor], FeatureTower]] = WeakKeyDictionary()
 
 
 @torch.no_grad()

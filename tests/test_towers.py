@@ -1,7 +1,6 @@
 """The embedded towers: the ONNX reader against the onnx package, the cache's promises, and the real weights."""
 
 import importlib.util
-import json
 import os
 from types import SimpleNamespace
 from zipfile import ZipFile
@@ -11,7 +10,7 @@ import pytest
 import torch
 from conftest import liven, save_towers, tiny_config, tiny_model
 from torch.nn import functional as F
-from transformers import VisionTextDualEncoderConfig
+from transformers import VisionTextDualEncoderConfig, YosoConfig
 
 from iclip_hf import ICLIPConfig, ICLIPModel
 from iclip_hf.backends import towers
@@ -136,16 +135,11 @@ def test_other_types_are_no_text_towers(monkeypatch, kind):
 
 @pytest.mark.parametrize("side", ["vision", "text"])
 def test_towers_are_checked_before_they_are_built(tiny_processor, tmp_path, monkeypatch, side):
-    """The model type of Gemma's image tower makes a tower of timm, which would read the pickle that its file names."""
-    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("built"))
-    tower = {"model_type": "gemma3n_vision", "architecture": "resnet18", "num_classes": 2}
-    tower["model_args"] = {"checkpoint_path": "a.pth"}
-    (tmp_path / "config.json").write_text(json.dumps(tower))
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    vision, text = save_towers(tmp_path, tiny_model(), tiny_processor)
-    checkpoints = {"vision": vision, "text": text, side: str(tmp_path)}
-    with pytest.raises(ValueError, match="not 'gemma3n_vision'"):
-        ICLIPModel.from_vision_text_pretrained(**checkpoints)
+    monkeypatch.setattr("iclip_hf.model.modeling_iclip.load_tower", lambda *_: pytest.fail("built"))
+    towers = dict(zip(("vision", "text"), save_towers(tmp_path, tiny_model(), tiny_processor)))
+    YosoConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not 'yoso'"):
+        ICLIPModel.from_vision_text_pretrained(**towers | {side: str(tmp_path)})
 
 
 @pytest.mark.parametrize(

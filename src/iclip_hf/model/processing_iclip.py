@@ -61,7 +61,7 @@ def check_tokenizer(name, tokenizer, config=None) -> None:
         )
 
 
-def size_dict(size: int | dict[str, int], name: str = "size") -> dict[str, int]:
+def size_dict(size: int | dict[str, int]) -> dict[str, int]:
     """Returns a size of images as a `dict`. A number is the side of a square. Raises `ValueError` if it is no size."""
     try:
         sides = dict.fromkeys(("height", "width"), int(size)) if isinstance(size, Integral) else dict(size)
@@ -69,7 +69,7 @@ def size_dict(size: int | dict[str, int], name: str = "size") -> dict[str, int]:
     except (TypeError, ValueError):  # such as a string
         is_size = False
     if not is_size:
-        raise ValueError(f"{name} is a number, or has the keys height and width, or shortest_edge, not {size!r:.100}.")
+        raise ValueError(f"size is a number, or has the keys height and width, or shortest_edge, not {size!r:.100}.")
     return sides
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedConfig, TimmWrapperModel
-from transformers.utils import is_timm_available
 
 
 class FeatureTower(TimmWrapperModel):
@@ -17,10 +16,6 @@ class FeatureTower(TimmWrapperModel):
     _no_split_modules = ["FeatureTower"]
 
     def __init__(self, config: PreTrainedConfig):
-        if not is_timm_available():
-            raise ImportError(
-                "A feature tower needs the package timm: install it with `pip install timm`.", name="timm"
-            )
         if ":" in config.architecture:  # a source such as hf-hub:NAME, from which timm would download
             raise ValueError(f"The feature tower {config.architecture!r:.100} is no architecture of timm.")
         if "checkpoint_path" in (config.model_args or {}):  # older versions of timm would run code of this pickle

@@ -27,15 +27,6 @@ def test_round_trip_keeps_every_option(tmp_path):
     assert json.loads(config.to_json_string())["vision_config"]["num_register_tokens"] == 3
 
 
-def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
-    config = tiny_config()
-    config.use_cache, config.pad_token_id, config.of_a_newer_version = False, 3, {"a": 1}
-    config.save_pretrained(tmp_path)
-    loaded = AutoConfig.from_pretrained(tmp_path)
-    assert (loaded.pad_token_id, loaded.of_a_newer_version) == (3, {"a": 1})
-    assert loaded.pooling == config.pooling
-
-
 @pytest.mark.parametrize("repository", ["org/name", "org/name-v1.5"])
 def test_pipelines_whose_code_is_on_the_hub_stay(tmp_path, repository):
     config = tiny_config()

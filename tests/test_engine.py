@@ -417,7 +417,7 @@ def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
     assert "car" in found and "horse" not in found
     with pytest.raises(KeyError, match="horse"):
         found["horse"]
-    with pytest.raises(IndexError, match="'red ball'"):
+    with pytest.raises(IndexError):
         found[3]
 
 

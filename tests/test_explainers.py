@@ -4,7 +4,6 @@ Explainers against slow independent implementations, on tiny random models of ev
 
 import copy
 import itertools
-import sys
 
 import numpy as np
 import pytest
@@ -151,23 +150,6 @@ def naflex(pixel_values):
 # Each method against a slow implementation of its own
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_maps_of_both_branches(method, tiny_processor):
-    """
-    With a share of the recognition branch, patches and texts are wider vectors, which every method that projects
-    patches compares.
-    """
-    options = {"max_over": "similarity", "center_tokens": True, "recognition_pooling": "class_and_average"}
-    found = []
-    for share in (0.0, 0.4):
-        model = tiny_model(**options, recognition_share=share)
-        explainer = make_explainer((model, tiny_processor), method)
-        found.append(raw_maps(explainer, pixels(), explainer.model.encode_texts(LABELS, ["{}"]))[0])
-    assert found[0].shape == found[1].shape and found[1].isfinite().all() and found[1].std() > 0
-    if method not in ("attention", "attention_affinity", "grad_cam", "grad_eclip", "bi_modal", "random"):
-        assert not torch.allclose(found[0], found[1], atol=1e-4)
-
-
 @pytest.mark.parametrize("vision", ["vit", "dinov2_with_registers", "dinov3_vit"])
 def test_itsm_of_iclip_is_the_models_map(vision, tiny_processor):
     model = tiny_model(vision, value_share=0.5)
@@ -207,15 +189,6 @@ def test_attention_of_clip_is_the_class_tokens_row(made):
         outputs = eager(model).vision_model(pixels(), interpolate_pos_encoding=True, output_attentions=True)
     expected = outputs.attentions[-1].mean(1)[:, 0, 1:].unflatten(-1, GRID)
     torch.testing.assert_close(maps, expected[:, None].expand(2, 3, *GRID), atol=1e-6, rtol=1e-5)
-
-
-def test_attention_of_siglip_is_its_heads(made):
-    model, processor, explainer, texts, maps = drawn(made, "siglip", "attention", labels=["dog"])
-    with torch.no_grad():
-        tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state
-        head = model.vision_model.head
-        weights = head.attention(head.probe.expand(2, 1, -1), tokens, tokens, need_weights=True)[1]
-    torch.testing.assert_close(maps[:, 0], weights[:, 0].unflatten(-1, GRID), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -334,17 +307,6 @@ def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor)
     assert not torch.allclose(maps, model.similarity_maps(image, texts), atol=1e-2)
 
 
-@pytest.mark.parametrize(("size", "multi_scale"), [(None, True), (48, False)])
-def test_competing_maps_are_those_of_the_same_pixels(tiny_processor, size, multi_scale):
-    """Also where the scores come from another size of the image."""
-    explainer = make_explainer((tiny_model(logit_bias_init_value=-0.3), tiny_processor), "competing_itsm")
-    processor = explainer.model.processor
-    engine = Engine(explainer.model, processor, explainer, image_size=size, multi_scale=multi_scale)
-    texts, prepared = engine.encode(LABELS), engine.prepare(images()[0])
-    (found,) = engine.run([prepared], LABELS)
-    torch.testing.assert_close(found.raw_maps, engine.raw_maps(prepared.pixel_values, texts)[0][0], atol=1e-5, rtol=0)
-
-
 DEFAULTS = dict.fromkeys(FAMILIES, "naclip") | dict.fromkeys(ICLIP, "itsm") | {"tipsv2": "maskclip"}
 DEFAULTS |= dict.fromkeys([*CONVOLUTIONAL, "open_clip_avg", "open_clip_vitamin"], "itsm")
 DEFAULTS["open_clip_resnet"] = "maskclip"
@@ -397,15 +359,6 @@ def test_templates_are_averaged_as_unit_vectors(made, monkeypatch, family):
     one = explain(model, images()[0], LABELS, templates=["the {} ."])
     verbatim = explain(model, images()[0], [f"the {x} ." for x in LABELS], templates=["{}"])
     torch.testing.assert_close(one.raw_maps, verbatim.raw_maps)
-
-
-def test_images_are_decoded_batch_by_batch(made, recorded):
-    """Not all of a long list before the first forward pass, whose memory they would fill."""
-    module, many, size = sys.modules[explain.func.__module__], [*images(), *images()], len(images())
-    forwards = recorded(Engine, "_explain", lambda *arguments: None)
-    decoded = recorded(module, "load_image", lambda *arguments, **options: len(forwards))
-    explain(made("iclip")[:2], many, LABELS, batch_size=size)
-    assert decoded == [0] * size + [1] * size
 
 
 # Where it runs

@@ -325,13 +325,6 @@ def test_what_is_no_feature_tower_is_refused(options, message):
         tiny_model(**{**FEATURES, **options})
 
 
-def test_a_missing_package_is_named(tmp_path, tiny_processor, monkeypatch):
-    save(tmp_path / "model", tiny_model(**FEATURES), tiny_processor)
-    monkeypatch.setattr("iclip_hf.model.feature_tower.is_timm_available", lambda: False)
-    with pytest.raises(ImportError, match="pip install timm"):
-        load(tmp_path / "model")
-
-
 def test_a_new_model_has_the_patches_of_both_towers(towers, tmp_path):
     (tmp_path / "config").mkdir()
     options = "[vision_downsampling=2, feature_dim=6]"

@@ -203,17 +203,6 @@ def test_what_is_saved_names_no_code_of_the_folder_that_was_loaded(source, tmp_p
         assert saved and "evil/repo" not in saved and "trap" not in saved
 
 
-def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(tmp_path, tiny_processor, monkeypatch):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="full"):
-        export_model(tiny_model(), tiny_processor, tmp_path / "full")
-    monkeypatch.setattr("iclip_hf.hub.folders.write_model_card", lambda *args, **options: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export_model(tiny_model(), tiny_processor, tmp_path / "a")
-    assert files_of(tmp_path).keys() == {"full/file"} and not (tmp_path / "a").exists()
-
-
 # --------------------------------------------------------------------------------------------------------------- push
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 import sys
 from functools import partial
 
@@ -48,17 +49,9 @@ def test_without_its_plugin_heic_is_counted_with_the_cure(tmp_path, monkeypatch,
         image_suffixes.cache_clear()
 
 
-def test_grayscale_bilevel_and_palette():
+def test_grayscale():
     gray = noise(4, 5)
     np.testing.assert_array_equal(load_image(encoded(Image.fromarray(gray))), np.repeat(gray[..., None], 3, axis=2))
-    bilevel = gray > 127
-    np.testing.assert_array_equal(
-        load_image(encoded(Image.fromarray(bilevel))), np.repeat(bilevel[..., None], 3, axis=2) * 255
-    )
-    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8)).convert("P")
-    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    expected = [[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [40, 50, 60]]]
-    np.testing.assert_array_equal(load_image(encoded(palette)), expected)
 
 
 def test_transparency_is_composited_on_white():
@@ -74,12 +67,6 @@ def test_transparency_is_composited_on_white():
     np.testing.assert_array_equal(load_image(encoded(palette, transparency=0)), [[[255, 255, 255], [4, 5, 6]]])
     keyed = Image.fromarray(np.array([[[9, 9, 9], [8, 9, 9]]], np.uint8))
     np.testing.assert_array_equal(load_image(encoded(keyed, transparency=(9, 9, 9))), [[[255, 255, 255], [8, 9, 9]]])
-
-
-def test_cmyk():
-    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    np.testing.assert_allclose(load_image(encoded(cmyk, "TIFF")).getpixel((4, 4)), (255, 0, 0), atol=2)
-    np.testing.assert_allclose(load_image(encoded(cmyk, "JPEG")).getpixel((4, 4)), (255, 0, 0), atol=6)
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -141,26 +128,11 @@ def test_what_is_no_image_is_refused_in_one_sentence(pixels, error):
         load_image(pixels)
 
 
-# What a camera stores for each EXIF orientation of the upright image `a`.
-STORED = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a, -1),
-}
-
-
-@pytest.mark.parametrize("orientation", STORED)
-def test_exif_orientation(orientation):
-    upright = noise(3, 5, 3)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))), exif=exif)
-    image = load_image(data)
+def test_exif_orientation():
+    upright, exif = noise(3, 5, 3), Image.Exif()
+    exif[0x0112] = 6
+    stored = np.ascontiguousarray(np.rot90(upright))
+    image = load_image(encoded(Image.fromarray(stored), exif=exif))
     np.testing.assert_array_equal(np.asarray(image), upright)
     np.testing.assert_array_equal(np.asarray(load_image(image)), upright)  # not turned twice
 
@@ -181,17 +153,10 @@ def test_every_format_with_its_orientation(format):
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF.*")
-@pytest.mark.parametrize(
-    "data",
-    [
-        encoded(PHOTO, "JPEG", exif=b"Exif\0\0rubbish rubbish"),
-        encoded(PHOTO, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
-        encoded(PHOTO, "PNG", icc_profile=b"no profile"),
-        encoded(PHOTO, "JPEG") + b"rubbish" * 999,
-        encoded(Image.merge("LAB", PHOTO.split()), "TIFF"),
-    ],
-)
-def test_damage_that_does_not_matter_and_rare_modes(data):
+@pytest.mark.parametrize("entries", [b"rubbish", struct.pack("<HHIIHHII", 0x0112, 3, 1, 6, 0x010E, 11, 1, 0)])
+def test_damaged_exif_does_not_matter(entries):
+    """Such as a description that is a number, beside an orientation."""
+    data = encoded(PHOTO, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + bytes(4))
     assert load_image(data).size == PHOTO.size
 
 
@@ -204,16 +169,12 @@ def test_given_image_is_not_changed():
     assert (image.mode, image.size, image.tobytes(), image.getexif()[0x0112]) == ("RGBA", (5, 3), before, 6)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("limit", [29_999, 14_999])  # Pillow itself warns up to twice its limit, and raises beyond
-def test_pixel_limit(monkeypatch, tmp_path, limit):
+def test_pixel_limit(monkeypatch, tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (300, 100)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match=rf"bomb\.png.*more than {limit:,} pixels"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14_999)  # half of what Pillow reads
+    with pytest.raises(ValueError, match=r"bomb\.png.*more than 29,998 pixels"):
         load_image(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
-    assert load_image(path).size == (300, 100)
 
 
 def test_an_unreadable_image_has_the_name_that_is_given():

@@ -189,12 +189,6 @@ def test_reports_at_once_do_not_share_a_folder(world, mine, capsys, monkeypatch)
     assert not any((mine / "report" / "images").iterdir())
 
 
-def test_the_folder_of_pictures_may_hold_anything(world, mine):
-    (mine / "out" / "new").mkdir(parents=True)
-    assert typed(world, "explain photos/cat.jpg photo.jpg SEE --output out") == 0
-    assert (mine / "out" / "cat-explanation.png").is_file()
-
-
 def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):
     result = EvaluationResult({}, {}, {"itsm": [{"id": 1, "name": "dog"}]}, {})
     (tmp_path / "a.json").write_text("{}")

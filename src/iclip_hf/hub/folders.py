@@ -153,10 +153,7 @@ def join_towers(
     )
     name_towers(model, *embedded_configs)
     processor_options.setdefault("patch_size", patch_side(model.config))
-    if "image_processor" not in processor_options:
-        with loading_errors(vision):  # otherwise the error would name the text tower
-            AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
-    with loading_errors(text):
+    with loading_errors(f"{vision}, {text}"):
         processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **processor_options)
     check_tokenizer(text, processor.tokenizer, model.config)
     return model, processor

@@ -60,7 +60,10 @@ def read_record(source: str | Path) -> dict:
         - **identity** (*optional*): identity of the model, see [`~identity.identity`]
     """
     if str(source) in ("embedded", str(embedded_folder())):
-        return _embedded_record()
+        training, data = (yaml.safe_load((EMBEDDED / name).read_text("utf-8")) for name in ("train.yaml", "data.yaml"))
+        results = json.loads((EMBEDDED / "results.json").read_text())
+        evaluation = card_results(results)
+        return {"training": training, "data": data, "evaluation": evaluation, "identity": results["protocol"]}
     try:
         if (file := _record_file(source)) is None:
             return {**_UNRECORDED}
@@ -70,12 +73,6 @@ def read_record(source: str | Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)
         return {**_UNRECORDED}
-
-
-def _embedded_record() -> dict:
-    training, data = (yaml.safe_load((EMBEDDED / name).read_text("utf-8")) for name in ("train.yaml", "data.yaml"))
-    results = json.loads((EMBEDDED / "results.json").read_text())
-    return {"training": training, "data": data, "evaluation": card_results(results), "identity": results["protocol"]}
 
 
 def _record_file(source: str | Path) -> Path | None:

@@ -39,10 +39,10 @@ from .outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from .presence import EVEN_PRIOR, MIN_PRESENCE, at_prior, check_priors
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
-from .questions import Answers, AskedImage, Best, Question
+from .questions import Best, Question
 from .refinement import refine_maps
 from .similarity import check_finite, check_map_size
-from .windows import Tiling, TwoScales, WholeImage
+from .windows import Tiling, TwoScales
 
 
 logger = logging.getLogger(__name__)
@@ -99,14 +99,11 @@ class Engine:
         refine: bool = False,
         multi_scale: bool = False,
     ):
-        for name, value in (("refine", refine), ("multi_scale", multi_scale)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} is True or False, not {value!r:.100}.")
         self.model, self.processor, self.method = model, processor, method
         self.templates = check_templates(processor.templates if templates is None else templates)
         self.image_size = None if image_size is None else size_dict(image_size)
         self.refine, self.multi_scale = refine, multi_scale
-        self.tiling = TwoScales(processor.patch_size) if multi_scale else WholeImage()
+        self.tiling = TwoScales(processor.patch_size) if multi_scale else Tiling()
         self._forward = self._own_maps if method is None else method.forward
         self.method_name = "itsm" if method is None else getattr(method, "name", type(method).__name__)
         self._argument_names = signature(self._forward).parameters.keys()
@@ -251,18 +248,20 @@ class Engine:
         images_with_indices = zip(images, label_indices, strict=question.label_indices is not None)
         while batch := list(itertools.islice(images_with_indices, batch_size)):
             asked = [
-                AskedImage(self.prepare(image) if isinstance(image, Image.Image) else image, indices)
+                (self.prepare(image) if isinstance(image, Image.Image) else image, indices)
                 for image, indices in batch
                 if image is not None
             ]
-            keys = [image.batch_key for image in asked]
+            keys = [(image.batch_key, None if indices is None else len(indices)) for image, indices in asked]
             positions = [position for position, (image, _) in enumerate(batch) if image is not None]
             explained = dict(zip(positions, map_groups(partial(self._explain, question), asked, keys)))
             yield from map(explained.get, range(len(batch)))
 
     @torch.no_grad()
-    def _explain(self, question: Question, asked: Sequence[AskedImage]) -> list[Explanation]:
-        """Explains B images of one `batch_key`, with T texts each."""
+    def _explain(
+        self, question: Question, asked: Sequence[tuple[PreparedImage, list[int] | None]]
+    ) -> list[Explanation]:
+        """Explains B images of one `batch_key`, each with the indices of its T labels, None for all labels."""
         images, label_indices = zip(*asked)
         labels, texts = question.select(label_indices)
         scores, presence, mapped, raw_maps, unrefined_maps = self._answer(question, images, labels, texts)
@@ -291,8 +290,12 @@ class Engine:
         images: Sequence[PreparedImage],
         labels: Sequence[Sequence[str]],
         texts: ICLIPTextFeatures,
-    ) -> Answers:
-        """Computes the scores of B images with texts `(B, T, P)`, and the maps of the best or the wanted texts."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[list[int]], torch.Tensor, torch.Tensor | None]:
+        """
+        Computes the scores of B images with texts `(B, T, P)`, and the maps of the best or the wanted texts. Returns
+        scores and presence `(B, T)`, the indices of the texts with maps for each image, at most S, their raw maps
+        `(B, S, h, w)` and, if these are refined, the unrefined maps, all on the CPU.
+        """
         batch = join_images(images)
         all_indices = range(texts.text_embeds.shape[1])
         mapped = [all_indices if image.text_indices is None else image.text_indices for image in images]
@@ -316,7 +319,7 @@ class Engine:
         if self.refine and maps.shape[1]:
             unrefined, maps = maps, refine_maps(maps, batch.pixel_values.to(maps.device))
         scores, presence, maps, unrefined = map_tensors(torch.Tensor.cpu, [scores, presence, maps, unrefined])
-        return Answers(scores, presence, [*map(list, mapped)], maps, unrefined)
+        return scores, presence, [*map(list, mapped)], maps, unrefined
 
     def _best_maps(self, batch: ImageBatch, texts: ICLIPTextFeatures, best: Sequence[Sequence[int]]) -> torch.Tensor:
         """

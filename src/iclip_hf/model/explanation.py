@@ -5,7 +5,6 @@ The explanation of one image, with scores, presence, maps, masks and regions of 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -110,10 +109,7 @@ class Explanation:
             if text not in self.labels:
                 raise KeyError(f"{text!r} is none of the texts {self.labels}")
             return self.labels.index(text)
-        try:
-            return operator.index(range(len(self))[text])
-        except IndexError:
-            raise IndexError(f"There is no text {text}: the {len(self)} texts are {self.labels}.") from None
+        return range(len(self))[text]
 
     @property
     def texts(self) -> list[str]:

@@ -2,14 +2,12 @@
 
 import copy
 from itertools import pairwise
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedConfig, TimmWrapperModel
-from transformers.utils import is_timm_available
 
 
 class FeatureTower(TimmWrapperModel):
@@ -18,10 +16,6 @@ class FeatureTower(TimmWrapperModel):
     _no_split_modules = ["FeatureTower"]
 
     def __init__(self, config: PreTrainedConfig):
-        if not is_timm_available():
-            raise ImportError(
-                "A feature tower needs the package timm: install it with `pip install timm`.", name="timm"
-            )
         if ":" in config.architecture:  # a source such as hf-hub:NAME, from which timm would download
             raise ValueError(f"The feature tower {config.architecture!r:.100} is no architecture of timm.")
         if "checkpoint_path" in (config.model_args or {}):  # older versions of timm would run code of this pickle
@@ -53,22 +47,16 @@ class FeatureTower(TimmWrapperModel):
     def _folded(self, weights: list[torch.Tensor]) -> "FeatureTower":
         """Returns a copy with folded batch norms. The copy is made again if the weights have changed."""
         versions = [(weight.data_ptr(), weight._version) for weight in weights]
-        if self not in _FOLDED or _FOLDED[self].versions != versions:
+        if self not in _FOLDED or _FOLDED[self][0] != versions:
             kept = [weight.detach() for weight in weights]
-            _FOLDED[self] = _Folded(versions, kept, _fold_batch_norms(copy.deepcopy(self)))
-        return _FOLDED[self].tower
+            _FOLDED[self] = versions, kept, _fold_batch_norms(copy.deepcopy(self))
+        return _FOLDED[self][-1]
 
 
-class _Folded(NamedTuple):
-    """A copy of a feature tower with folded batch norms, and the weights that it was made from."""
-
-    versions: list[tuple[int, int]]  # address and version of each weight
-    weights: list[torch.Tensor]  # kept in memory, so that no other weights can have the same addresses
-    tower: FeatureTower
-
-
-# The copies are not attributes of the feature towers, so that a tower is saved, copied and pickled without its copy.
-_FOLDED: WeakKeyDictionary[FeatureTower, _Folded] = WeakKeyDictionary()
+# For each tower: the addresses and versions of the weights that its copy was made from; these weights, kept in memory,
+# so that no others can have the same addresses; and the copy. It is not an attribute of the tower, which is saved,
+# copied and pickled without its copy.
+_FOLDED: WeakKeyDictionary[FeatureTower, tuple[list, list[torch.Tensor], FeatureTower]] = WeakKeyDictionary()
 
 
 @torch.no_grad()

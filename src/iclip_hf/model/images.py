@@ -58,8 +58,8 @@ def open_image(
         decode (`bool`): whether to read the pixels, or only the header.
 
     Raises:
-        `FileNotFoundError`: there is no file at the path. `ValueError`: the image is not readable, or has more than
-        `PIL.Image.MAX_IMAGE_PIXELS` pixels. `TypeError`: `source` has none of these types.
+        `FileNotFoundError`: there is no file at the path. `ValueError`: the image is not readable, or has more pixels
+        than Pillow allows. `TypeError`: `source` has none of these types.
     """
     name = name or _name(source)
     # Reading a pipe or a device may never end.
@@ -75,9 +75,6 @@ def open_image(
         image_suffixes()  # registers the optional formats that are installed
         formats = [file_format for file_format in _FORMATS if file_format in Image.OPEN]
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
-            # Pillow itself only warns between one and two times its limit.
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
             if decode:
                 image.load()
         return image  # its file is closed
@@ -85,8 +82,8 @@ def open_image(
         problem = f"its content is none of {', '.join(formats)}"
         if "HEIF" not in formats:
             problem += ", and HEIC needs `pip install pillow-heif`"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        problem = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    except Image.DecompressionBombError:
+        problem = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
     except MemoryError:
         problem = "it takes too much memory"
     except Exception as error:  # decoders raise various errors, such as SyntaxError and struct.error, on damaged files

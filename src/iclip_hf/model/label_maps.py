@@ -1,7 +1,6 @@
 """Computes the label map of an image from the raw maps of any method."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +13,6 @@ BACKGROUND_LABEL = -1  # label of background pixels
 # Weight of the logit of the presence; the standardized map has the weight 1. Chosen on the even images of ADE20K and
 # COCO.
 PRESENCE_WEIGHT = 0.1
-
-
-class _Text(NamedTuple):
-    """A text that competes for pixels."""
-
-    index: int
-    raw_map: torch.Tensor
-    offset: float  # the weighted logit of its presence
-    threshold: float | None
 
 
 @torch.no_grad()
@@ -60,20 +50,20 @@ def label_map(
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
     labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     highest = torch.full(size, -torch.inf, dtype=torch.float32, device=raw_maps.device)
-    all_texts = [_Text(*fields) for fields in zip(range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True)]
-    texts = [text for text in all_texts if present[text.index]]
+    all_texts = zip(range(len(raw_maps)), present, thresholds, strict=True)
+    texts = [index for index, is_shown, _ in all_texts if is_shown]
     # Each map is enlarged twice, one map at a time, so that the memory does not grow with the number of texts.
-    moments = [torch.std_mean(resize_maps(text.raw_map, size), correction=0) for text in texts]
+    moments = [torch.std_mean(resize_maps(raw_maps[index], size), correction=0) for index in texts]
     stds, means = torch.tensor(moments, dtype=torch.float32).reshape(-1, 2).unbind(1)
     stds = stds.clamp(min=1e-12)
     common_std = stds.square().mean().sqrt()
-    for text, std, mean in zip(texts, stds, means):
-        values = resize_maps(text.raw_map, size)
+    for index, std, mean in zip(texts, stds, means):
+        values = resize_maps(raw_maps[index], size)
         # The common mean is left out, because it is the same for each text.
-        sums = ((values - mean) / std + values / common_std) / 2 + text.offset
+        sums = ((values - mean) / std + values / common_std) / 2 + offsets[index]
         won = sums > highest
-        if text.threshold is not None:
-            won &= min_max_normalize(values) > text.threshold
-        labels.masked_fill_(won, BACKGROUND_LABEL if text.index in background else text.index)
+        if thresholds[index] is not None:
+            won &= min_max_normalize(values) > thresholds[index]
+        labels.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
         highest = torch.where(won, sums, highest)
     return labels

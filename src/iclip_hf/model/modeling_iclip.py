@@ -420,23 +420,19 @@ class ICLIPModel(PooledTowers):
         image = self.get_image_features(pixel_values, **kwargs)
         if text_features is None:
             text_features = self.get_text_features(*tokenized, num_templates, **kwargs)
-        return self._compare(image, text_features, output_similarity_maps)
-
-    def _compare(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures, output_maps: bool) -> ICLIPOutput:
-        """Returns the output for encoded images and texts."""
-        logits_per_image = self.recognition(self.scores(image, text))
+        logits_per_image = self.recognition(self.scores(image, text_features))
         return ICLIPOutput(
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.mT,
             image_embeds=image.image_embeds,
-            text_embeds=text.text_embeds,
+            text_embeds=text_features.text_embeds,
             map_image_embeds=image.map_image_embeds,
-            map_text_embeds=text.map_text_embeds,
+            map_text_embeds=text_features.map_text_embeds,
             patch_embeds=image.patch_embeds,
             attention=image.attention,
-            similarity_maps=self.similarity_maps(image, text) if output_maps else None,
+            similarity_maps=self.similarity_maps(image, text_features) if output_similarity_maps else None,
             vision_model_output=image,
-            text_model_output=text,
+            text_model_output=text_features,
         )
 
 

@@ -61,7 +61,7 @@ def check_tokenizer(name, tokenizer, config=None) -> None:
         )
 
 
-def size_dict(size: int | dict[str, int], name: str = "size") -> dict[str, int]:
+def size_dict(size: int | dict[str, int]) -> dict[str, int]:
     """Returns a size of images as a `dict`. A number is the side of a square. Raises `ValueError` if it is no size."""
     try:
         sides = dict.fromkeys(("height", "width"), int(size)) if isinstance(size, Integral) else dict(size)
@@ -69,7 +69,7 @@ def size_dict(size: int | dict[str, int], name: str = "size") -> dict[str, int]:
     except (TypeError, ValueError):  # such as a string
         is_size = False
     if not is_size:
-        raise ValueError(f"{name} is a number, or has the keys height and width, or shortest_edge, not {size!r:.100}.")
+        raise ValueError(f"size is a number, or has the keys height and width, or shortest_edge, not {size!r:.100}.")
     return sides
 
 
@@ -265,10 +265,7 @@ class ICLIPProcessor(ProcessorMixin):
             size = dict(zip(("height", "width"), resized_shapes.pop()))
         if size["height"] % patch or size["width"] % patch:
             nearest = {name: max(1, round(side / patch)) * patch for name, side in size.items()}
-            raise ValueError(
-                f"A size of {_size_text(size)} pixels is no multiple of the patch size {patch}: "
-                f"use {_size_text(nearest)}."
-            )
+            raise ValueError(f"A size of {size} pixels is no multiple of the patch size {patch}: use {nearest}.")
         if size["height"] * size["width"] > MAX_PIXELS:
             raise ValueError(f"An image of {size} has more than {MAX_PIXELS:,} pixels.")
         return size
@@ -374,11 +371,6 @@ def _converted(image, convert: Callable) -> Image.Image | torch.Tensor:
     if hasattr(image, "shape"):
         return convert(image)
     return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
-
-
-def _size_text(size: dict[str, int]) -> str:
-    """Returns a size as a text, height first: "224x336", or "224" for a square."""
-    return "x".join(map(str, dict.fromkeys((size["height"], size["width"]))))
 
 
 def _as_prompts(texts, templates: list[str]) -> list[str] | list[list[str]]:

@@ -1,4 +1,4 @@
-"""What images are asked about, in one form, and what the engine answers."""
+"""What images are asked about, in one form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .batches import PreparedImage, for_images, select_texts
+from .batches import for_images, select_texts
 from .outputs import ICLIPTextFeatures
 
 
@@ -33,25 +33,3 @@ class Question(NamedTuple):
             return [self.labels] * len(label_indices), for_images(self.encoded, len(label_indices))
         labels = [[self.labels[index] for index in image_indices] for image_indices in label_indices]
         return labels, select_texts(self.encoded, torch.tensor(label_indices))
-
-
-class AskedImage(NamedTuple):
-    """An image with the labels that it is asked about."""
-
-    image: PreparedImage
-    label_indices: list[int] | None  # None for all
-
-    @property
-    def batch_key(self) -> tuple:
-        """Images with equal keys can be explained together."""
-        return self.image.batch_key, None if self.label_indices is None else len(self.label_indices)
-
-
-class Answers(NamedTuple):
-    """The scores of B images with T texts, and the maps of some of these texts, on the CPU."""
-
-    scores: torch.Tensor  # (B, T)
-    presence: torch.Tensor | None  # (B, T)
-    mapped: list[list[int]]  # for each image the indices of the texts with maps; S is their largest number
-    raw_maps: torch.Tensor  # (B, S, h, w)
-    unrefined_maps: torch.Tensor | None  # (B, S, h, w), if `raw_maps` are refined

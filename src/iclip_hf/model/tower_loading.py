@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from itertools import chain
 
 import torch
-from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -112,17 +111,8 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
             f"{checkpoint}: {len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}; "
             "download it again."
         )
-    if name := non_finite_weight(model):
-        raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
-
-
-def non_finite_weight(model: nn.Module) -> str | None:
-    """
-    Returns the name of a parameter or buffer with NaN or infinity, or None. Offloaded and quantized weights are not
-    read.
-    """
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        # Offloaded and quantized weights are not read.
         readable = weight.is_floating_point() and not weight.is_meta and type(weight.data) is torch.Tensor
         if readable and not weight.detach().sum(dtype=torch.float32).isfinite():  # a sum reads each number only once
-            return name
-    return None
+            raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")

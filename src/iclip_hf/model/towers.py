@@ -52,16 +52,6 @@ class LayerExchange:
         self.value_share = value_share
         self.class_row: torch.Tensor | None = None
 
-    def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """
-        Mixes the output of the attention (B, L, heads, D / heads) with the values (B, heads, L, D / heads). The class
-        token is not changed.
-        """
-        if self.value_share == 0:
-            return attended
-        mixed = torch.lerp(attended[:, 1:], value.transpose(1, 2)[:, 1:], self.value_share)
-        return torch.cat([attended[:, :1], mixed], 1)
-
 
 def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, layer_exchange=None, **kwargs):
     """
@@ -74,7 +64,10 @@ def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, lay
         # The product is in float32, also under autocast: logits can overflow float16, and bfloat16 rounds them.
         with torch.autocast(query.device.type, enabled=False):
             layer_exchange.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
-        attended = layer_exchange.mix(attended, value)
+        if layer_exchange.value_share:
+            # (B, L, heads, D / heads) and (B, heads, L, D / heads); the class token is not changed
+            mixed = torch.lerp(attended[:, 1:], value.transpose(1, 2)[:, 1:], layer_exchange.value_share)
+            attended = torch.cat([attended[:, :1], mixed], 1)
     return attended, None
 
 

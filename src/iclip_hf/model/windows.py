@@ -20,7 +20,7 @@ WINDOW_SHARPNESS = 20.0
 
 
 class Tiling:
-    """Base class of tilings. By default, the only view is the whole image."""
+    """A tiling with one view, the whole prepared image. It is the base class of other tilings."""
 
     def prepared_size(self, view_size: dict[str, int]) -> dict[str, int]:
         """Returns the size that images are resized to, so that their views have the size `view_size`."""
@@ -40,10 +40,6 @@ class Tiling:
     def join_scores(self, scores: Sequence[torch.Tensor]) -> torch.Tensor:
         """Joins the scores of the views, `(B, T)` each."""
         return scores[0]
-
-
-class WholeImage(Tiling):
-    """The tiling with one view, the whole prepared image."""
 
 
 class TwoScales(Tiling):

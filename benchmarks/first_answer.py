@@ -1,6 +1,6 @@
 """Measures what `explain` finds without texts, on photographs whose classes are all annotated.
 
-    python benchmarks/first_answer.py coco2017:DATA/coco100:train2017 ade20k:DATA/ade20k/ADEChallengeData2016:validation
+    python benchmarks/first_answer.py coco2017:COCO:train2017 ade20k:ADEChallengeData2016:validation
 
 The table has for each data set the number of names that count as present, the share of photographs where two of them
 have one mask (an IoU above 0.7, of refined maps), the share of photographs whose first name is an annotated class or
@@ -48,8 +48,8 @@ def main() -> None:
     rows = []
     for dataset in args.datasets:
         rows.append([dataset.partition(":")[0], *measure(model, load_segmentation(*dataset.split(":")))])
-    headings = ["", "photographs", "names", "two with one mask %", "first name shown %", "names shown %", "classes found"]
-    print(table(headings, rows))
+    shares = ["two with one mask %", "first name shown %", "names shown %"]
+    print(table(["", "photographs", "names", *shares, "classes found"], rows))
 
 
 if __name__ == "__main__":
